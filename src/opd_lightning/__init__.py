@@ -1,0 +1,54 @@
+"""On-policy distillation on PyTorch Lightning; each public name is imported when it is first used."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_ROOM_OF = {
+    "ConfigError": "errors",
+    "RunError": "errors",
+    "PromptBatch": "records",
+    "Rollout": "records",
+    "TokenDistribution": "distributions",
+    "TopKDistribution": "distributions",
+    "CausalPolicy": "policy",
+    "PolicySpec": "policy",
+    "Objective": "objectives",
+    "ObjectiveOutput": "objectives",
+    "TokenLoss": "objectives",
+    "ForwardKL": "objectives",
+    "HeadTailReverseKL": "objectives",
+    "JensenShannon": "objectives",
+    "ReverseKL": "objectives",
+    "SampledTokenReverseKL": "objectives",
+    "SequenceReverseKL": "objectives",
+    "TopKReverseKL": "objectives",
+    "Reduction": "weighting",
+    "SpecialTokenMask": "weighting",
+    "TokenWeight": "weighting",
+    "LocalTeacher": "teachers",
+    "Teacher": "teachers",
+    "RolloutCallback": "rollout",
+    "RolloutEngine": "rollout",
+    "SamplingConfig": "rollout",
+    "TransformersEngine": "rollout",
+    "OPDDataModule": "data",
+    "OPDProgressBar": "callbacks",
+    "PredictionWriter": "callbacks",
+    "RunSummary": "callbacks",
+    "run_loggers": "callbacks",
+    "OPDModule": "module",
+}
+
+__all__ = ["__version__", *sorted(_ROOM_OF)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOM_OF])

@@ -1,0 +1,8 @@
+"""What happens around training: progress, summary, files of a run."""
+
+from opd_lightning.callbacks.loggers import run_loggers
+from opd_lightning.callbacks.predictions import PredictionWriter
+from opd_lightning.callbacks.progress import OPDProgressBar
+from opd_lightning.callbacks.summary import RunSummary
+
+__all__ = ["OPDProgressBar", "PredictionWriter", "RunSummary", "run_loggers"]

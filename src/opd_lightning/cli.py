@@ -1,0 +1,243 @@
+"""`opd`: LightningCLI's fit, validate, test and predict, and the further verbs."""
+
+import argparse
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from opd_lightning.callbacks import OPDProgressBar, PredictionWriter, RunSummary, run_loggers
+from opd_lightning.config_errors import explain
+from opd_lightning.data import OPDDataModule
+from opd_lightning.errors import ConfigError, OPDError, nearest
+from opd_lightning.module import OPDModule
+from opd_lightning.objectives import known_objectives
+from opd_lightning.rollout import RolloutCallback
+from opd_lightning.tools.demo import demo
+from opd_lightning.tools.export import export
+from opd_lightning.tools.prune import prune
+
+RUN_VERBS = ("fit", "validate", "test", "predict")
+_CHECKPOINT_WORDS = ("last", "best", "hpc")  # Lightning's own
+
+_USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
+
+  fit        train a student: opd fit --config run.yaml [--config more.yaml] [--model.objective X]
+  validate   measure a student or a checkpoint on the held-out prompts
+  test       the same on the test prompts
+  predict    write completions with student and teacher log-probabilities as JSON lines
+  prune      make a smaller student by removing decoder layers
+  export     write the student of a checkpoint as a Hugging Face folder
+  demo       write the quickstart's models
+
+  --debug    with any verb: show the traceback of an error
+"""
+
+
+class OPDCLI(LightningCLI):
+    """LightningCLI for OPDModule and OPDDataModule, with the rollout as an argument of its own."""
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            OPDModule,
+            OPDDataModule,
+            args=args,
+            parser_kwargs={verb: {"exit_on_error": False} for verb in RUN_VERBS}
+            | {"exit_on_error": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                # one validation before the first step: the "before" of before -> after
+                "num_sanity_val_steps": -1,
+                # prompts are handed to the ranks by the data module's own sampler
+                "use_distributed_sampler": False,
+                "default_root_dir": "runs",
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--rollout`; one seed serves data order, rollouts and everything else."""
+        parser.add_argument(
+            "--rollout",
+            type=RolloutCallback | None,
+            default={"class_path": "opd_lightning.RolloutCallback"},
+            help="How the student's completions are made; null trains on the dataset's own.",
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse, and check that a named checkpoint is there.
+
+        Raises:
+            ConfigError: If the arguments are not valid, with the nearest valid names.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            actions = self._subcommand_parsers[args[0]]._actions
+            raise ConfigError(explain(str(error), [action.dest for action in actions])) from error
+        checkpoint = self.config[args[0]].get("ckpt_path")
+        if checkpoint and checkpoint not in _CHECKPOINT_WORDS and not Path(checkpoint).exists():
+            raise ConfigError(
+                f"checkpoint {checkpoint!r} does not exist. They lie in the run folder, "
+                "runs/<name>/version_<n>/checkpoints/*.ckpt."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks and loggers that every run has."""
+        config = self._get(self.config_init, "trainer")
+        rollout = self._get(self.config_init, "rollout")
+        if rollout is not None:
+            rollout.seed = int(self._get(self.config, "seed_everything"))
+        callbacks = [rollout] if rollout is not None else []
+        callbacks += config.get("callbacks") or []
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(OPDProgressBar())
+        # last, so that what they print stands below the bar
+        callbacks += {"fit": [RunSummary()], "predict": [PredictionWriter()]}.get(
+            self.subcommand, []
+        )
+        kwargs["callbacks"] = callbacks
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = run_loggers(config["default_root_dir"])
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Hand the resolved configuration to the summary."""
+        resolved = yaml.safe_load(
+            self._parser("fit").dump(self.config["fit"], skip_none=False)
+        )
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, RunSummary):
+                callback.config = resolved
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run `opd`; exits with 0, with 2 for a configuration and with 1 for a run that failed."""
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    _quiet()
+    try:
+        _run(args)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        message, exit_code = _told(error)
+        print(f"opd: {message}", file=sys.stderr)
+        sys.exit(exit_code)
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """Return what to say of an error and the exit code; ours may be wrapped by the parser."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OPDError):
+            return str(cause), cause.exit_code
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, MisconfigurationException):
+        return str(error), ConfigError.exit_code
+    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def _run(args: list[str]) -> None:
+    verb, rest = (args[0], args[1:]) if args else ("--help", [])
+    if verb in ("-h", "--help"):
+        print(_USAGE)
+    elif verb in RUN_VERBS:
+        known_objectives()  # entry points become known to the parser by being imported
+        OPDCLI(args)
+    elif verb in _TOOLS:
+        _TOOLS[verb](rest)
+    else:
+        verbs = [*RUN_VERBS, *_TOOLS]
+        raise ConfigError(
+            f"{verb!r} is not a verb of opd.{nearest(verb, verbs)} Known: {', '.join(verbs)}."
+        )
+
+
+def _prune(args: list[str]) -> None:
+    parser = argparse.ArgumentParser("opd prune", description=prune.__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a Hugging Face folder, or a hub name")
+    parser.add_argument("--drop-layers", required=True, help="0-based, such as 13,14 or 10-15,20")
+    parser.add_argument("--out", required=True, help="folder to write")
+    given = parser.parse_args(args)
+    print(prune(given.model, layer_numbers(given.drop_layers), given.out))
+
+
+def _export(args: list[str]) -> None:
+    parser = argparse.ArgumentParser("opd export", description=export.__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of opd fit")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--model", help="folder of the tokenizer; default: the run's student")
+    given = parser.parse_args(args)
+    print(export(given.ckpt, given.out, given.model))
+
+
+def _demo(args: list[str]) -> None:
+    parser = argparse.ArgumentParser("opd demo", description=demo.__doc__.splitlines()[0])
+    parser.add_argument("--out", default="models", help="folder to write; default: models")
+    for folder in demo(parser.parse_args(args).out):
+        print(folder)
+
+
+_TOOLS: dict[str, Callable[[list[str]], None]] = {
+    "prune": _prune,
+    "export": _export,
+    "demo": _demo,
+}
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Return the numbers of a list such as `13,14` or `10-15,20`.
+
+    Raises:
+        ConfigError: If it is not one.
+    """
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            numbers += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ConfigError(
+            f"--drop-layers takes numbers such as 13,14 or 10-15,20; got {text!r}."
+        ) from None
+    return numbers
+
+
+def _quiet() -> None:
+    """Leave the terminal to the progress bar and to what a user can act on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("opd_lightning")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    transformers.utils.logging.disable_progress_bar()
+    for pattern in (
+        ".*does not have many workers.*",
+        ".*LightningCLI's args parameter.*",  # main() takes them from sys.argv itself
+        ".*is not empty.*",  # two loggers share the run's folder on purpose
+        ".*isinstance.treespec, LeafSpec.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""What is measured: pure functions of distributions, and torchmetrics that collect them."""
+
+from opd_lightning.metrics.clock import StepClock
+from opd_lightning.metrics.divergence import on_policy_measures
+from opd_lightning.metrics.means import TokenMeans, completion_measures
+
+__all__ = ["StepClock", "TokenMeans", "completion_measures", "on_policy_measures"]

@@ -1,0 +1,304 @@
+"""CausalPolicy: a Hugging Face causal language model that hands a TokenDistribution to a reader.
+
+B rows, L tokens with padding, N completion tokens, D hidden size, V shared vocabulary.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from opd_lightning.distributions import TokenDistribution
+from opd_lightning.errors import ConfigError, nearest
+from opd_lightning.records import Rollout
+
+log = logging.getLogger("opd_lightning")
+T = TypeVar("T")
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+
+# Largest difference of logits that the head check accepts, relative to the largest logit: rounding
+# of the two paths, by the dtype of the weights.
+_HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class PolicySpec:
+    """Where a model comes from and how it is held; nothing is loaded until `load`.
+
+    Attributes:
+        path: A Hugging Face folder, or a hub name.
+        dtype: Of the weights. Train in float32 and choose bf16 autocast by `trainer.precision`.
+        attn_implementation: transformers' name, such as "sdpa" or "flash_attention_2".
+        gradient_checkpointing: Compute activations again in the backward pass to save memory.
+        compile: Run the decoder through torch.compile (not during rollouts).
+        trust_remote_code: Whether the model's own Python files may run.
+        revision: Branch, tag or commit of a hub name.
+    """
+
+    path: str
+    dtype: DType = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None
+
+    def check(self) -> None:
+        """Refuse a local folder that holds no model.
+
+        Raises:
+            ConfigError: If the folder is missing, or has no config.json or no weights.
+        """
+        folder = Path(self.path)
+        if not folder.exists():
+            if looks_local(self.path):
+                raise ConfigError(
+                    f"model folder {self.path!r} does not exist.{_nearest_folder(folder)} Give a "
+                    "Hugging Face folder (config.json and *.safetensors) or a hub name."
+                )
+            return
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model folder {self.path!r} has no config.json. Give a folder written by "
+                "save_pretrained, `opd prune` or `opd export`."
+            )
+        if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+            raise ConfigError(
+                f"model folder {self.path!r} has no weights (*.safetensors). Was the download or "
+                "the export interrupted? Write the folder again."
+            )
+
+    def load_config(self) -> Any:
+        """Return the transformers config; reads no weights.
+
+        Raises:
+            ConfigError: If transformers cannot find or read it.
+        """
+        self.check()
+        return self._from_hub(AutoConfig.from_pretrained)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, with a pad token (the EOS where the model names none).
+
+        Raises:
+            ConfigError: If transformers cannot find or read it.
+        """
+        self.check()
+        tokenizer = self._from_hub(AutoTokenizer.from_pretrained)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token_id = tokenizer.eos_token_id
+        return tokenizer
+
+    def load(self) -> PreTrainedModel:
+        """Return the model with its weights, on the CPU.
+
+        Raises:
+            ConfigError: If transformers cannot find or read it.
+        """
+        self.check()
+        extra = {} if self.attn_implementation is None else {
+            "attn_implementation": self.attn_implementation
+        }
+        model = self._from_hub(
+            AutoModelForCausalLM.from_pretrained, dtype=getattr(torch, self.dtype), **extra
+        )
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compile:
+            model.base_model.compile(dynamic=True)
+        return model.train()
+
+    def _from_hub(self, loader: Callable[..., T], **kwargs: Any) -> T:
+        try:
+            return loader(
+                self.path,
+                revision=self.revision or "main",
+                trust_remote_code=self.trust_remote_code,
+                **kwargs,
+            )
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
+            first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise ConfigError(
+                f"cannot load the model {self.path!r}: {first_line}{_nearest_folder(Path(self.path))}"
+            ) from error
+
+
+def as_spec(model: PolicySpec | str | Path) -> PolicySpec:
+    """Return `model` as a spec; a string or path becomes one with the defaults."""
+    return model if isinstance(model, PolicySpec) else PolicySpec(str(model))
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` is meant as a folder and not as a hub name (`owner/name` or `name`)."""
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        return True
+    return "/" in path and Path(path).parent.is_dir()
+
+
+def _nearest_folder(folder: Path) -> str:
+    siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    return nearest(folder.name, siblings)
+
+
+class CausalPolicy(nn.Module):
+    """A causal language model as an objective's source of distributions.
+
+    Dropout is switched off, also in training mode (which gradient checkpointing needs): the student
+    that is trained is the one that was sampled.
+
+    Args:
+        model: The Hugging Face model, with its output head.
+        tokenizer: Its tokenizer; needed for stop strings and text output only.
+        vocab_size: Rows of the head that count (ids shared with the other model); default all.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
+        self._dense = False
+        _disable_dropout(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """All end tokens of the generation config, of the tokenizer where it names none."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None and self.tokenizer is not None:
+            eos = self.tokenizer.eos_token_id
+        if eos is None:
+            return []
+        return list(eos) if isinstance(eos, list | tuple) else [eos]
+
+    def read(
+        self,
+        rollout: Rollout,
+        reader: Callable[[TokenDistribution], T],
+        temperature: float = 1.0,
+    ) -> T:
+        """Run the model over the rollout and return `reader(distribution)`, called inside.
+
+        The distribution is that of each completion token given all before it, N rows. Inside,
+        because a sharded head is whole only within its module's forward: this method is one that
+        FSDP treats as a forward.
+
+        Args:
+            rollout: B rows; only the ids, the attention mask and the completion mask are read.
+            reader: What to do with the distribution.
+            temperature: Divides the logits.
+        """
+        ids, mask = rollout.input_ids, rollout.attention_mask
+        predicts = rollout.completion_mask[:, 1:]
+        if self._dense:
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            chosen = logits[:, :-1][predicts][:, : self.vocab_size]
+            return reader(TokenDistribution.from_logits(chosen, temperature))
+        hidden = self.model.base_model(
+            input_ids=ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        return reader(self._distribution(hidden[:, :-1][predicts], temperature))
+
+    def _distribution(self, hidden: Tensor, temperature: float) -> TokenDistribution:
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return TokenDistribution.from_hidden(
+            hidden,
+            head.weight[: self.vocab_size],
+            None if bias is None else bias[: self.vocab_size],
+            temperature=temperature,
+            **head_settings(self.model.config),
+        )
+
+    @torch.no_grad()
+    def check_head(self) -> float:
+        """Compare the chunked head with `model(...).logits` on a few tokens, at start.
+
+        Where they differ (an output layer with a step that the config does not name), distributions
+        are built from the model's own logits from then on: right, but N x V numbers in memory. A
+        warning names the difference.
+
+        Returns:
+            The largest difference of two logits, relative to the largest logit.
+        """
+        ids = torch.arange(8, device=self.device)[None] % self.vocab_size
+        training = self.model.training
+        self.model.eval()
+        # compiled code would be compiled for this one call
+        with torch.compiler.set_stance("force_eager"):
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size]
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        chunked = self._distribution(hidden, 1.0).dense_rows(slice(0, len(hidden)))
+        self.model.train(training)
+        difference = float((chunked - logits).abs().max() / logits.abs().max().clamp(min=1e-6))
+        if not difference <= _HEAD_TOLERANCE[logits.dtype]:
+            self._dense = True
+            log.warning(
+                "%s: the chunked head differs from the model's own logits by %.1e of the largest "
+                "(settings read from its config: %s). Dense logits are used instead: same results, "
+                "memory grows with tokens x vocabulary.",
+                type(self.model).__name__,
+                difference,
+                head_settings(self.model.config) or "none",
+            )
+        return difference
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # rates that a layer holds as numbers: `attention_dropout`, OPT's `dropout` and `layerdrop`
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def export_policy(policy: CausalPolicy, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Write the model, and its tokenizer, as a Hugging Face folder; sharded weights are gathered.
+
+    Args:
+        policy: On every rank; rank 0 writes.
+        tokenizer: Or None.
+        folder: Made if need be.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy.model, options=options)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    policy.model.save_pretrained(folder, state_dict=state)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def head_settings(config: Any) -> dict[str, float]:
+    """Return softcap and scale of a model's output head, as its config names them.
+
+    Gemma: `final_logit_softcapping`; Cohere: `logit_scale`; Granite: 1 / `logits_scaling`;
+    Falcon-H1: `lm_head_multiplier`.
+    """
+    settings = {}
+    if softcap := getattr(config, "final_logit_softcapping", None):
+        settings["softcap"] = float(softcap)
+    if scale := getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None):
+        settings["scale"] = float(scale)
+    if divisor := getattr(config, "logits_scaling", None):
+        settings["scale"] = 1.0 / float(divisor)
+    return settings

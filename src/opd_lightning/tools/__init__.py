@@ -1,0 +1,1 @@
+"""What the verbs of `opd` beyond LightningCLI's do."""

@@ -1,0 +1,75 @@
+"""`opd export`: a Hugging Face folder from a checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from opd_lightning.errors import ConfigError
+from opd_lightning.policy import CausalPolicy, PolicySpec, export_policy
+
+_PREFIX = "student.model."
+
+
+def export(checkpoint: str, out: str, model: str | None = None) -> Path:
+    """Write the student of a checkpoint as a Hugging Face folder.
+
+    Args:
+        checkpoint: A `.ckpt` file of `opd fit`.
+        out: Folder to write; must not hold a model already.
+        model: Folder whose tokenizer and generation config are copied; default: the one that the
+            run started from.
+
+    Raises:
+        ConfigError: If the checkpoint is missing or not one of this package, or `out` holds a model.
+    """
+    folder = Path(out)
+    if (folder / "config.json").exists():
+        raise ConfigError(f"{out!r} holds a model already. Name another folder, or remove it.")
+    saved = load_checkpoint(checkpoint)
+    origin = PolicySpec(model or saved["opd_lightning"]["student_path"])
+    tokenizer = origin.load_tokenizer()
+    student = student_of(saved)
+    try:
+        student.generation_config = GenerationConfig.from_pretrained(origin.path)
+    except OSError:  # the origin has none: transformers derived one from the config
+        pass
+    export_policy(CausalPolicy(student), tokenizer, folder)
+    return folder
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Return the contents of a checkpoint: tensors, numbers and strings only.
+
+    Raises:
+        ConfigError: If there is none at `path`, or it is not one of this package.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(
+            f"checkpoint {path!r} is not a file. They lie in the run folder, "
+            "runs/<name>/version_<n>/checkpoints/*.ckpt."
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if "opd_lightning" not in saved:
+        raise ConfigError(
+            f"checkpoint {path!r} was not written by opd fit (its keys: {', '.join(saved)}). Give "
+            "one of a run folder's checkpoints/."
+        )
+    return saved
+
+
+def student_of(saved: dict[str, Any]) -> torch.nn.Module:
+    """Return the student model with the checkpoint's weights."""
+    fields = json.loads(saved["opd_lightning"]["student_config"])
+    config = AutoConfig.for_model(fields["model_type"]).from_dict(fields)
+    weights = {
+        key.removeprefix(_PREFIX): value
+        for key, value in saved["state_dict"].items()
+        if key.startswith(_PREFIX)
+    }
+    dtype = next(iter(weights.values())).dtype
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(weights)
+    return model
