@@ -1,4 +1,4 @@
-"""On-policy distillation on PyTorch Lightning; each public name is imported when it is first used."""
+"""On-policy distillation on PyTorch Lightning; a public name is imported when first used."""
 
 import importlib
 from typing import Any

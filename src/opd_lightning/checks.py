@@ -57,7 +57,7 @@ def check_rollouts(
     if objective.on_policy_estimator and (sampling.top_p < 1 or sampling.top_k > 0):
         log.warning(
             "%s with top_p=%s, top_k=%s is biased: its gradient is right in expectation over the "
-            "full distribution, and tokens outside the nucleus are never sampled (paper section 2). "
+            "full distribution, and tokens outside the nucleus are never sampled. "
             "Set top_p=1 and top_k=0, or take an objective that compares distributions "
             "(TopKReverseKL, ReverseKL).",
             objective.describe(),
@@ -122,8 +122,8 @@ def no_completions() -> str:
     """Return the message for a run in which nothing provides completions."""
     return (
         "there are no completions to train on: no RolloutCallback among the callbacks (value: "
-        "None) and no column `completion` in the data. Add a RolloutCallback (on-policy; `rollout:` "
-        "in YAML), or completions to the dataset (off-policy)."
+        "None) and no column `completion` in the data. Add a RolloutCallback (on-policy; in YAML "
+        "`rollout:`), or completions to the dataset (off-policy)."
     )
 
 

@@ -115,9 +115,7 @@ class OPDCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Hand the resolved configuration to the summary."""
-        resolved = yaml.safe_load(
-            self._parser("fit").dump(self.config["fit"], skip_none=False)
-        )
+        resolved = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
         for callback in self.trainer.callbacks:
             if isinstance(callback, RunSummary):
                 callback.config = resolved

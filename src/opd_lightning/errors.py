@@ -24,7 +24,7 @@ class RunError(OPDError, RuntimeError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean X?"` for the closest of `known` (case is ignored), or an empty string."""
+    """Return `" Did you mean X?"` for the closest of `known` (case is ignored), or nothing."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1)
     return f" Did you mean {by_lower[close[0]]}?" if close else ""

@@ -27,6 +27,7 @@ from opd_lightning.updates import Update, micro_batch_rows, plan_updates
 from opd_lightning.weighting import Reduction, ReductionName, TokenWeight, combined_weight
 
 PairReader = Callable[[TokenDistribution, Distribution], Any]
+_ADAMW = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
 
 
 class OPDModule(L.LightningModule):
@@ -63,7 +64,7 @@ class OPDModule(L.LightningModule):
         objective: Objective,
         weights: Sequence[TokenWeight] = (),
         reduction: ReductionName | Reduction = "token-mean",
-        optimizer: OptimizerCallable = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0),
+        optimizer: OptimizerCallable = _ADAMW,
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         mini_batches: int = 1,
@@ -132,9 +133,7 @@ class OPDModule(L.LightningModule):
         if stage == "fit":
             checks.check_rollouts(self.objective, sampling, getattr(data, "has_completions", None))
             prompts = getattr(data, "prompts_per_step", None)
-            checks.check_mini_batches(
-                self.mini_batches, prompts, sampling, self.trainer.world_size
-            )
+            checks.check_mini_batches(self.mini_batches, prompts, sampling, self.trainer.world_size)
         checks.check_lengths(getattr(data, "longest_prompt", None), sampling, self.context_length)
         if self.temperature is None:
             self.temperature = 1.0 if sampling is None else sampling.temperature
@@ -217,7 +216,7 @@ class OPDModule(L.LightningModule):
         student: TokenDistribution,
         teacher: Distribution,
     ) -> ObjectiveOutput:
-        """Return this micro-batch's share of the update's loss, and add what it shows to `means`."""
+        """Return this micro-batch's share of the update's loss; add what it shows to `means`."""
         mask = combined_weight(self.token_weights, rollout, student, teacher)
         weights = mask * self.reduction.scale(rollout, update.size)
         output = self.objective(student, teacher, rollout, weights)

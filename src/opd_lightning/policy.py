@@ -26,7 +26,12 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 # Largest difference of logits that the head check accepts, relative to the largest logit: rounding
 # of the two paths, by the dtype of the weights.
-_HEAD_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 1e-2}
+_HEAD_TOLERANCE = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.bfloat16: 4e-2,
+    torch.float16: 1e-2,
+}
 
 
 @dataclass
@@ -104,9 +109,11 @@ class PolicySpec:
             ConfigError: If transformers cannot find or read it.
         """
         self.check()
-        extra = {} if self.attn_implementation is None else {
-            "attn_implementation": self.attn_implementation
-        }
+        extra = (
+            {}
+            if self.attn_implementation is None
+            else {"attn_implementation": self.attn_implementation}
+        )
         model = self._from_hub(
             AutoModelForCausalLM.from_pretrained, dtype=getattr(torch, self.dtype), **extra
         )

@@ -97,7 +97,9 @@ class Rollout(_Movable):
     @property
     def flat_sampling_logprobs(self) -> Tensor | None:
         """[N] nats, or None when the engine did not return them."""
-        return None if self.sampling_logprobs is None else self.sampling_logprobs[self.completion_mask]
+        return (
+            None if self.sampling_logprobs is None else self.sampling_logprobs[self.completion_mask]
+        )
 
     @property
     def flat_old_logprobs(self) -> Tensor | None:
@@ -119,7 +121,7 @@ class Rollout(_Movable):
         return self.teacher_input_ids, self.teacher_attention_mask, mask
 
     def select_rows(self, rows: Tensor) -> "Rollout":
-        """Return the rows of index `rows` [R], in that order, without columns that are all padding."""
+        """Return the rows of index `rows` [R], in that order, without columns of padding alone."""
         picked = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -164,7 +166,9 @@ class Rollout(_Movable):
         rows = [p + list(c) for p, c in zip(prompt_ids, completions, strict=True)]
         input_ids, attention_mask = pad_right(rows, device)
         completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        logprobs = None if sampling_logprobs is None else torch.zeros(input_ids.shape, device=device)
+        logprobs = (
+            None if sampling_logprobs is None else torch.zeros(input_ids.shape, device=device)
+        )
         for i, (prompt, completion) in enumerate(zip(prompt_ids, completions, strict=True)):
             span = slice(len(prompt), len(prompt) + len(completion))
             completion_mask[i, span] = True
@@ -197,7 +201,7 @@ class Rollout(_Movable):
         truncated: Tensor | None = None,
         task: list[str] | None = None,
     ) -> "Rollout":
-        """Build a rollout from its flat views, for tests and experiments; each prompt is one token 0.
+        """Build a rollout from its flat views, for tests and experiments; prompts are one token 0.
 
         Args:
             token_ids: [N] completion tokens, row by row in time order.
@@ -218,7 +222,8 @@ class Rollout(_Movable):
             )
         if row.numel() and (bool((row.diff() < 0).any()) or int(row[0]) < 0):
             raise ConfigError(
-                f"row must start at 0 or above and never fall, tokens stand row by row; got {row.tolist()}."
+                "row must start at 0 or above and never fall, as tokens stand row by row; got "
+                f"{row.tolist()}."
             )
         device = token_ids.device
         num_rows = len(task) if task is not None else int(row[-1]) + 1 if row.numel() else 0

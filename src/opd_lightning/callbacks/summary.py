@@ -29,9 +29,9 @@ class RunSummary(L.Callback):
     "Before" is the whole validation that Lightning runs first with `num_sanity_val_steps=-1`,
     "after" the last one of the run; without validation data those rows are left out.
 
-    Hooks: `on_train_start`, `on_train_batch_end`, validation, `on_train_end`. Saves the measures and
-    samples of before, the seconds and the tokens, so that a resumed run reports the whole. Seconds
-    are those of training, without evaluation.
+    Hooks: `on_train_start`, `on_train_batch_end`, validation, `on_train_end`. Saves the measures
+    and samples of before, the seconds and the tokens, so that a resumed run reports the whole.
+    Seconds are those of training, without evaluation.
 
     Args:
         export_student: Whether to write `student/`, a Hugging Face folder.

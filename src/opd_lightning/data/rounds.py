@@ -23,8 +23,8 @@ class TrainRounds(Rounds):
     """Full rounds without end: epoch e goes through its own permutation of the prompts.
 
     The `num_prompts % prompts_per_step` prompts that an epoch's permutation has left over sit that
-    epoch out. Rank k of W takes every W-th prompt of a round from the k-th on: for every W the round
-    is the same set of prompts, and so is each of its equal consecutive parts (mini-batches).
+    epoch out. Rank k of W takes every W-th prompt of a round from the k-th on: for every W the
+    round is the same set of prompts, and so is each of its equal consecutive parts (mini-batches).
 
     Args:
         num_prompts: Prompts of the split.

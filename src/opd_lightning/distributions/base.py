@@ -302,9 +302,7 @@ class _HiddenDistribution(TokenDistribution):
 
 def _stale(kept: Tensor | None, differentiable: bool) -> bool:
     """Whether a kept value is missing, or was computed without the gradient that is wanted."""
-    return kept is None or (
-        differentiable and torch.is_grad_enabled() and not kept.requires_grad
-    )
+    return kept is None or (differentiable and torch.is_grad_enabled() and not kept.requires_grad)
 
 
 def _finite_rows(values: Tensor, ignored: Tensor) -> Tensor:
@@ -316,5 +314,5 @@ def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise ValueError(
             f"temperature must be above 0; got {temperature}. Greedy decoding has no distribution "
-            "to distil: sample with temperature 1, the paper's setting."
+            "to distil: sample with temperature 1, the usual setting."
         )

@@ -53,7 +53,7 @@ class Head:
         return products if self.temperature == 1.0 else products / self.temperature
 
     def chunks(self, num_rows: int, numbers_per_row: int, itemsize: int) -> Iterator[slice]:
-        """Yield slices over `num_rows` rows of `numbers_per_row` numbers; one empty slice for none."""
+        """Yield slices of `num_rows` rows of `numbers_per_row` numbers; one empty one for none."""
         size = self.chunk_size or max(1, CHUNK_BYTES // max(1, numbers_per_row * itemsize))
         for start in range(0, max(1, num_rows), size):
             yield slice(start, min(start + size, num_rows))
@@ -62,7 +62,8 @@ class Head:
 def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return hidden @ weight.T + bias [C, V] in at least fp32, whatever autocast says.
 
-    Rounding logits to bf16 flips the sign of about 6 % of the advantages (paper section 7.4).
+    Rounding logits to bf16 flips the sign of about 6 % of the advantages (docs/mathematics.md,
+    section 7).
     """
     low = hidden.dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(hidden.device.type, enabled=False):
@@ -161,11 +162,14 @@ def row_values(
     """Return `row_fn` of every row, [N] or [N, M], without a gradient."""
     itemsize = at_least_fp32(hidden[:0]).element_size()
     # cloned, because values that are a view (logits[:, 0]) would keep every chunk's logits alive
-    return torch.cat([
-        row_fn(head.finish(products(hidden[rows], weight, bias)), *[o(rows) for o in others])
-        .clone()
-        for rows in head.chunks(len(hidden), len(weight), itemsize)
-    ])
+    return torch.cat(
+        [
+            row_fn(
+                head.finish(products(hidden[rows], weight, bias)), *[o(rows) for o in others]
+            ).clone()
+            for rows in head.chunks(len(hidden), len(weight), itemsize)
+        ]
+    )
 
 
 class WeightedSum(torch.autograd.Function):

@@ -34,21 +34,19 @@ def kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher); gradient pi_v (log(pi_v / q_v) - KL). paper section 1.5."""
+    """KL(student || teacher); gradient pi_v (log(pi_v / q_v) - KL)."""
     return kl(student, teacher)
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student); gradient pi_v - q_v. paper section 1.5."""
+    """KL(teacher || student); gradient pi_v - q_v."""
     return kl(teacher, student)
 
 
 def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi. paper section 1.5."""
+    """beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi."""
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    log_m = torch.logaddexp(
-        floored(log_q) + math.log(beta), floored(log_p) + math.log1p(-beta)
-    )
+    log_m = torch.logaddexp(floored(log_q) + math.log(beta), floored(log_p) + math.log1p(-beta))
     from_teacher = (log_q.exp() * (floored(log_q) - log_m)).sum(-1)
     from_student = (log_p.exp() * (floored(log_p) - log_m)).sum(-1)
     return beta * from_teacher + (1 - beta) * from_student

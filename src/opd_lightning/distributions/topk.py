@@ -67,9 +67,7 @@ class TopKDistribution(Distribution):
 
     def finite_where_ignored(self, ignored: Tensor) -> "TopKDistribution":
         """Return a copy with 0 for non-finite log-probabilities at `ignored` [N]."""
-        logprobs = torch.where(
-            ignored[:, None] & ~self._logprobs.isfinite(), 0.0, self._logprobs
-        )
+        logprobs = torch.where(ignored[:, None] & ~self._logprobs.isfinite(), 0.0, self._logprobs)
         sampled = torch.where(
             ignored & ~self.sampled_logprobs.isfinite(), 0.0, self.sampled_logprobs
         )

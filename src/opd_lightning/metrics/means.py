@@ -1,6 +1,5 @@
 """Means over tokens and rows, right over micro-batches and ranks."""
 
-import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, SumMetric
 

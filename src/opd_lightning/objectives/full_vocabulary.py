@@ -48,7 +48,7 @@ def _whole(teacher: Distribution, objective: Objective) -> TokenDistribution:
     if not isinstance(teacher, TokenDistribution):
         raise ConfigError(
             f"{type(objective).__name__} needs the teacher's whole vocabulary; this teacher gives "
-            f"{teacher.provides!r}. Take TopKReverseKL or SampledTokenReverseKL, or a local teacher."
+            f"{teacher.provides!r}. Take TopKReverseKL, SampledTokenReverseKL or a local teacher."
         )
     return teacher
 
@@ -56,9 +56,11 @@ def _whole(teacher: Distribution, objective: Objective) -> TokenDistribution:
 class ReverseKL(FullVocabularyDivergence):
     """KL(student || teacher) over the whole vocabulary: mode-seeking.
 
-    Loss: sum_v pi_v log(pi_v / q_v). Gradient on z_v: pi_v (log(pi_v / q_v) - loss); 0 at
-    pi = q. Detached: the teacher and the prefix (which the student sampled). Source: paper
-    section 1.5; the gradient is the expectation of SampledTokenReverseKL's, without its variance.
+    Loss: sum_v pi_v log(pi_v / q_v).
+    Gradient on z_v: pi_v (log(pi_v / q_v) - loss), the expectation of SampledTokenReverseKL's
+    without its variance; 0 at pi = q.
+    Detached: the teacher and the prefix, which the student sampled.
+    Source: docs/mathematics.md, section 5; the expectation of arXiv 2603.25562's sampled-token OPD.
     Needs: the teacher's whole vocabulary.
     """
 
@@ -70,8 +72,10 @@ class ReverseKL(FullVocabularyDivergence):
 class ForwardKL(FullVocabularyDivergence):
     """KL(teacher || student) over the whole vocabulary, on the student's prefixes: mode-covering.
 
-    Loss: sum_v q_v log(q_v / pi_v). Gradient on z_v: pi_v - q_v, that of cross-entropy with soft
-    labels; 0 at pi = q. Detached: the teacher and the prefix. Source: paper section 1.5.
+    Loss: sum_v q_v log(q_v / pi_v).
+    Gradient on z_v: pi_v - q_v, that of cross-entropy with soft labels; 0 at pi = q.
+    Detached: the teacher and the prefix.
+    Source: docs/mathematics.md, section 5.
     Needs: the teacher's whole vocabulary.
     """
 
@@ -83,10 +87,12 @@ class ForwardKL(FullVocabularyDivergence):
 class JensenShannon(FullVocabularyDivergence):
     """Generalised Jensen-Shannon divergence, between forward and reverse KL.
 
-    Loss: beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi. Gradient on z_v:
-    (1 - beta) pi_v (log(pi_v / m_v) - E_pi log(pi / m)); 0 at pi = q. loss / beta tends to the
-    forward KL for beta -> 0, loss / (1 - beta) to the reverse KL for beta -> 1. Detached: the
-    teacher and the prefix. Source: paper section 1.5. Needs: the teacher's whole vocabulary.
+    Loss: beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi.
+    Gradient on z_v: (1 - beta) pi_v (log(pi_v / m_v) - E_pi log(pi / m)); 0 at pi = q. loss / beta
+    tends to the forward KL for beta -> 0, loss / (1 - beta) to the reverse KL for beta -> 1.
+    Detached: the teacher and the prefix.
+    Source: docs/mathematics.md, section 5; GKD's generalised JSD (arXiv 2306.13649).
+    Needs: the teacher's whole vocabulary.
 
     Args:
         beta: Weight of the teacher in the mixture, strictly between 0 and 1; 0.5 is symmetric.

@@ -12,23 +12,24 @@ from opd_lightning.records import Rollout
 class SampledTokenReverseKL(Objective):
     """Token-level on-policy distillation: REINFORCE with the teacher's log-ratio as advantage.
 
-    Loss: -sg[A] log pi(y), A = log q(y) - log pi(y). Gradient on z_v: A (pi_v - 1[v = y]); its
-    expectation over y ~ pi is pi_v (log(pi_v / q_v) - KL(pi || q)), exactly that of ReverseKL with
-    the prefix held fixed. At pi = q every A is 0, so the gradient is 0 for each sample. Detached: A,
-    the teacher, the prefix. Not whitened, no baseline. Source: paper section 1.1.
-
-    With `clip_ratio` the loss is PPO's, for several updates on one rollout: rho = pi(y) / pi_old(y),
-    A taken with pi_old, loss max(-A rho, -A clip(rho, 1 - c, 1 + c)), and at most -`dual_clip` A
-    where A < 0. Its gradient is REINFORCE's times rho, and 0 where the clip holds. pi_old are the
-    rollout's `old_logprobs`; without them pi_old = sg[pi], the first update (rho = 1).
-
+    Loss: -sg[A] log pi(y), A = log q(y) - log pi(y); not whitened, no baseline.
+    Gradient on z_v: A (pi_v - 1[v = y]). Its expectation over y ~ pi is pi_v (log(pi_v / q_v) -
+    KL(pi || q)), exactly ReverseKL's with the prefix held fixed. At pi = q every A is 0, and so is
+    the gradient of each sample.
+    Detached: A, the teacher, the prefix.
+    Source: arXiv 2603.25562, sampled-token OPD; docs/mathematics.md, section 1.
     Needs: the sampled token's log-probability. Biased where completions are drawn with top-p < 1:
-    tokens outside the nucleus are never seen (paper section 2).
+    tokens outside the nucleus are never seen.
+
+    With `clip_ratio` the loss is PPO's, for several updates on one rollout: rho = pi(y) /
+    pi_old(y), A taken with pi_old, loss max(-A rho, -A clip(rho, 1 - c, 1 + c)), and at most
+    -`dual_clip` A where A < 0. Its gradient is REINFORCE's times rho, and 0 where the clip holds.
+    pi_old are the rollout's `old_logprobs`; without them pi_old = sg[pi], as in a first update.
 
     Args:
-        clip_ratio: PPO's clip range c > 0, paper 0.2; None: no ratio and no clip.
-        dual_clip: Bound on the loss where A < 0, as a multiple of -A, > 1, paper 3; needs
-            `clip_ratio`.
+        clip_ratio: PPO's clip range c > 0, in the paper 0.2; None: no ratio and no clip.
+        dual_clip: Bound on the loss where A < 0, as a multiple of -A, at least 1, in the paper 3;
+            goes with `clip_ratio`.
         log_ratio_clamp: Bound on the absolute value of A in nats, > 0; None: unbounded, as in the
             paper's runs. A bound biases the gradient wherever it acts.
 
@@ -47,7 +48,9 @@ class SampledTokenReverseKL(Objective):
     ) -> None:
         for name, bound in [("clip_ratio", clip_ratio), ("log_ratio_clamp", log_ratio_clamp)]:
             if bound is not None and not bound > 0:
-                raise ConfigError(f"{name} must be above 0; got {bound}. Leave it out to switch it off.")
+                raise ConfigError(
+                    f"{name} must be above 0; got {bound}. Leave it out to switch it off."
+                )
         if dual_clip is not None:
             check_at_least("dual_clip", dual_clip, 1.0, "The paper takes 3.")
             if clip_ratio is None:
@@ -127,15 +130,18 @@ class SequenceReverseKL(SampledTokenReverseKL):
     """Sequence-level reverse KL: each token answers for its own cost and the later ones.
 
     Loss: sg[G_t] log pi(y_t), G_t = r_t + gamma G_{t+1}, r_t = log pi(y_t) - log q(y_t), over the
-    completion tokens of a row (tokens of other speakers are skipped, not a reset). Gradient on z_v:
-    G_t (1[v = y_t] - pi_v). Summed over a row and with gamma = 1 its expectation is the gradient of
-    KL(pi(.|x) || q(.|x)) of whole completions; with gamma = 0 it is SampledTokenReverseKL. Detached:
-    G, the teacher, the prefix. The theory sums over t: pair it with the reduction
-    seq-mean-token-sum; a token mean divides by the length. Variance grows about as T^3 for gamma = 1
-    and as T for gamma = 0. Source: paper section 1.2.
+    completion tokens of a row; tokens of other speakers are skipped, they do not reset G.
+    Gradient on z_v: G_t (1[v = y_t] - pi_v). Summed over a row and with gamma = 1 its expectation
+    is the gradient of KL(pi(.|x) || q(.|x)) of whole completions; with gamma = 0 it is
+    SampledTokenReverseKL. At pi = q every r is 0, and so is the gradient of each sample.
+    Detached: G, the teacher, the prefix.
+    Source: arXiv 2603.25562, sequence-level reverse KL; docs/mathematics.md, section 2.
+    Needs: the sampled token's log-probability.
 
-    A token of weight 0 (a masked special token) still hands its cost to the earlier ones, unless
-    that cost is not finite; `log_ratio_clamp` bounds it. Needs: the sampled token's log-probability.
+    The theory sums over t: pair it with the reduction seq-mean-token-sum; a token mean divides by
+    the length. The variance grows about as T^3 for gamma = 1 and as T for gamma = 0. A token of
+    weight 0 (a masked special token) still hands its cost to the earlier ones, unless that cost is
+    not finite; `log_ratio_clamp` bounds it.
 
     Args:
         gamma: Discount of later costs, from 0 to 1.

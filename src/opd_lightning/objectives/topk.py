@@ -36,19 +36,21 @@ class _SupportSet:
 class TopKReverseKL(Objective):
     """Reverse KL over a few likely tokens of each position: the paper's local support matching.
 
-    With `tail="drop"` (the paper's, V1): loss KL(pi^ || q^) = sum over S of pi^_v log(pi^_v / q^_v),
-    both renormalised on S. Gradient on z_v: pi^_v (log(pi^_v / q^_v) - loss) on S, exactly 0 off it,
-    so that mass outside S is never penalised; 0 at pi = q. Reads K rows of the student's head a
-    token and nothing of its vocabulary. With S the whole vocabulary it is ReverseKL.
+    Loss with `tail="drop"` (the paper's): KL(pi^ || q^) = sum over S of pi^_v log(pi^_v / q^_v),
+    both sides renormalised on the support S.
+    Gradient on z_v: pi^_v (log(pi^_v / q^_v) - loss) on S, exactly 0 off it, so that mass outside S
+    is never penalised; 0 at pi = q. With S the whole vocabulary it is ReverseKL.
+    Detached: the teacher, S, the prefix.
+    Source: arXiv 2603.25562, local support matching and Table A3 (V1 to V5); docs/mathematics.md,
+    sections 3 and 4. Differs in `tail="sampled"` (V4, V5 in the corrected form, see
+    HeadTailReverseKL) and adds `tail="bucket"`.
+    Needs: the teacher's top K; its whole vocabulary where the student chooses S. Of the student, K
+    rows of the head a token and nothing of its vocabulary (with a tail, also its logsumexp).
 
-    `tail="bucket"`: S and one outcome "everything else". Loss sum over S of pi_v log(pi_v / q_v) +
-    pi(S^c) log(pi(S^c) / q(S^c)); gradient on z_v: pi_v (log(pi_v / q_v) - loss) on S, pi_v
+    `tail="bucket"`: S and one outcome "everything else", S^c. Loss sum over S of pi_v log(pi_v /
+    q_v) + pi(S^c) log(pi(S^c) / q(S^c)); gradient on z_v: pi_v (log(pi_v / q_v) - loss) on S, pi_v
     (log(pi(S^c) / q(S^c)) - loss) off it. A lower bound of the reverse KL that also holds the mass
-    off S in place. `tail="sampled"`: see HeadTailReverseKL.
-
-    Detached: the teacher, S, the prefix. Source: paper sections 1.3 and 1.4 (V1 to V3; V4 and V5
-    with tail="sampled" in the corrected form, the bucket is not in the paper). Needs: the teacher's
-    top K; its whole vocabulary where the student chooses S.
+    off S in place, from the same K teacher numbers.
 
     Args:
         k: Tokens kept a position, at least 2 (1 would be identically zero); more than the
@@ -61,8 +63,7 @@ class TopKReverseKL(Objective):
             off the support.
 
     Raises:
-        ConfigError: If `k` < 2, `renormalize` is False with tail="drop" without `biased_ok`, or
-            tail="sampled" comes with a support that holds the sampled token.
+        ConfigError: If `k` < 2, or `renormalize` is False with tail="drop" without `biased_ok`.
     """
 
     def __init__(
@@ -73,7 +74,9 @@ class TopKReverseKL(Objective):
         tail: Tail = "drop",
         biased_ok: bool = False,
     ) -> None:
-        check_at_least("k", k, 2, "One renormalised token has probability 1 on both sides: no loss.")
+        check_at_least(
+            "k", k, 2, "One renormalised token has probability 1 on both sides: no loss."
+        )
         _check_choice("support", support, Support)
         _check_choice("tail", tail, Tail)
         if not renormalize and tail == "drop" and not biased_ok:
@@ -145,12 +148,15 @@ class HeadTailReverseKL(TopKReverseKL):
     """Exact reverse KL on the teacher's top K plus a one-sample estimate of the rest, unbiased.
 
     Loss: sum over S of pi_v sg[log(pi_v / q_v)] + 1[y not in S] (pi(y) / sg pi(y)) sg[log(pi(y) /
-    q(y))]. The expectation over y ~ pi of value and gradient are those of the full reverse KL,
-    gradient pi_v (log(pi_v / q_v) - KL). Differs from the published V5, whose head is differentiated
-    through its log-ratio and so follows an extra gradient of pi(S) that pushes mass out of S: here
-    the log-ratio is detached. At pi = q the loss is 0 and the gradient is 0. Detached: log-ratios,
-    the teacher, S, the prefix. Source: paper section 1.4 (V5, corrected). Needs: the teacher's top K
-    and the sampled token's log-probability. Biased with top-p < 1, as all that samples.
+    q(y))].
+    Gradient: its expectation over y ~ pi is the full reverse KL's, pi_v (log(pi_v / q_v) - KL) on
+    z_v, and so is the value's. At pi = q loss and gradient are 0.
+    Detached: the log-ratios, the teacher, S, the prefix.
+    Source: arXiv 2603.25562, Table A3, V5; docs/mathematics.md, section 4. Differs from it: the
+    published head is differentiated through its log-ratio and so follows an extra gradient of
+    pi(S), which pushes mass out of S; here the log-ratio is detached.
+    Needs: the teacher's top K and the sampled token's log-probability. Biased with top-p < 1, as
+    all that samples.
 
     Args:
         k: Tokens kept a position, at least 2.

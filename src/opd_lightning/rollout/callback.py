@@ -11,8 +11,8 @@ from opd_lightning.rollout.engine import RolloutEngine
 from opd_lightning.rollout.sampling import SamplingConfig
 from opd_lightning.rollout.transformers_engine import TransformersEngine
 
-# Evaluation draws with the same numbers at every step of a run, so that two evaluations differ by the
-# weights alone. Training rounds count from 0 and never reach this one.
+# Evaluation draws with the same numbers at every step of a run, so that two evaluations differ by
+# the weights alone. Training rounds count from 0 and never reach this one.
 _EVALUATION_ROUND = 2**40
 
 
@@ -82,7 +82,7 @@ class RolloutCallback(L.Callback):
             batch.rollout = self.engine.generate(pl_module.student, batch, sampling, seed)
         except ConfigError:
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise RunError(
                 f"{type(self.engine).__name__} failed on {batch.num_prompts} prompts (lines "
                 f"{batch.index.tolist()}): {error}. The last checkpoint is intact."

@@ -18,8 +18,8 @@ class SamplingConfig:
     """How completions are drawn, in TRL's names.
 
     Attributes:
-        temperature: Divides the logits, > 0. 1 is the paper's.
-        top_p: Keep the smallest set of tokens with this mass, in (0, 1]. 0.9 is the paper's for
+        temperature: Divides the logits, > 0; 1 is usual.
+        top_p: Keep the smallest set of tokens with this mass, in (0, 1]. 0.9 is usual for
             distribution-matching objectives; below 1 biases those that score the sampled token.
         top_k: Keep this many of the likeliest tokens; 0 keeps all, 1 is greedy.
         max_completion_length: Limit in tokens.
@@ -76,7 +76,7 @@ def sample(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Ten
     Args:
         logits: [R, V] of the next token, before temperature.
         uniform: [R] in [0, 1).
-        config: Temperature, top-k (ties at the last place are all kept), then top-p of what is left.
+        config: Temperature, top-k (ties at the last place are kept), then top-p of what is left.
 
     Returns:
         The token ids [R] and their log-probabilities in nats [R] under the distribution that they

@@ -33,7 +33,9 @@ class TransformersEngine(RolloutEngine):
 
     def __init__(self, max_rows: int | None = None) -> None:
         if max_rows is not None and max_rows < 1:
-            raise ConfigError(f"max_rows must be at least 1 or left out (all rows); got {max_rows}.")
+            raise ConfigError(
+                f"max_rows must be at least 1 or left out (all rows); got {max_rows}."
+            )
         self.max_rows = max_rows
 
     @torch.no_grad()
@@ -50,10 +52,12 @@ class TransformersEngine(RolloutEngine):
         with _generating(policy):
             for start in range(0, len(rows), batch):
                 part = order[start : start + batch]
-                numbers = torch.stack([
-                    uniforms(seed, prompt_ids[p], g, sampling.max_completion_length)
-                    for p, g in (rows[i] for i in part)
-                ])
+                numbers = torch.stack(
+                    [
+                        uniforms(seed, prompt_ids[p], g, sampling.max_completion_length)
+                        for p, g in (rows[i] for i in part)
+                    ]
+                )
                 completions = _decode(
                     policy, [prompt_ids[rows[i][0]] for i in part], sampling, numbers
                 )

@@ -63,6 +63,6 @@ def _difference(
     return (
         f"student and teacher have different vocabularies, {len(differing)} ids differ ({shown}). "
         f"Tokenizers: {student.name_or_path!r} ({len(ours)} tokens) and {teacher.name_or_path!r} "
-        f"({len(theirs)} tokens). Token by token comparison needs one vocabulary: take a teacher of "
-        "the student's family."
+        f"({len(theirs)} tokens). Token by token comparison needs one vocabulary: take a teacher "
+        "of the student's family."
     )

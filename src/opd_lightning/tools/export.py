@@ -1,6 +1,7 @@
 """`opd export`: a Hugging Face folder from a checkpoint."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def export(checkpoint: str, out: str, model: str | None = None) -> Path:
             run started from.
 
     Raises:
-        ConfigError: If the checkpoint is missing or not one of this package, or `out` holds a model.
+        ConfigError: If the checkpoint is missing or not of this package, or `out` holds a model.
     """
     folder = Path(out)
     if (folder / "config.json").exists():
@@ -32,10 +33,8 @@ def export(checkpoint: str, out: str, model: str | None = None) -> Path:
     origin = PolicySpec(model or saved["opd_lightning"]["student_path"])
     tokenizer = origin.load_tokenizer()
     student = student_of(saved)
-    try:
+    with suppress(OSError):  # without one, transformers has derived it from the config
         student.generation_config = GenerationConfig.from_pretrained(origin.path)
-    except OSError:  # the origin has none: transformers derived one from the config
-        pass
     export_policy(CausalPolicy(student), tokenizer, folder)
     return folder
 

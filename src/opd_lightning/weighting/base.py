@@ -14,13 +14,11 @@ from opd_lightning.records import Rollout
 class TokenWeight(ABC):
     """A weight in [0, 1] for each completion token; several of them multiply."""
 
-    def setup(self, tokenizer: Any) -> None:
+    def setup(self, tokenizer: Any) -> None:  # noqa: B027 - optional, most weights need none
         """Look up what depends on the student's tokenizer; called once before training."""
 
     @abstractmethod
-    def weight(
-        self, rollout: Rollout, student: TokenDistribution, teacher: Distribution
-    ) -> Tensor:
+    def weight(self, rollout: Rollout, student: TokenDistribution, teacher: Distribution) -> Tensor:
         """Return weights [N] in [0, 1], detached; 0 leaves a token out of the loss."""
 
 

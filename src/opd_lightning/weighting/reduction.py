@@ -35,8 +35,8 @@ class Reduction:
     Names and meanings are verl's (`loss_agg_mode`). The denominators are those of the WHOLE update,
     so the factors do not depend on how it is split into micro-batches and ranks:
 
-    - `token-mean`: 1 / num_tokens. All completion tokens count alike (paper eq. 8).
-    - `seq-mean-token-mean`: 1 / (num_rows * tokens of the row). What the paper's code ran.
+    - `token-mean`: 1 / num_tokens. All completion tokens count alike (arXiv 2603.25562, eq. 8).
+    - `seq-mean-token-mean`: 1 / (num_rows * tokens of the row). What that paper's code ran.
     - `seq-mean-token-sum`: 1 / num_rows. The estimator of the sequence-level theory.
     - `seq-mean-token-sum-norm`: 1 / (num_rows * horizon). Dr. GRPO's, without a length bias.
 

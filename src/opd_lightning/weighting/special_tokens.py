@@ -19,7 +19,7 @@ class SpecialTokenMask(TokenWeight):
     """Weight 0 for tokens on which the teacher cannot be trusted, 1 for all others.
 
     A student that writes "<" + "think" + ">" where the teacher knows "<th" + "ink" + ">" is scored
-    -19 nats for a matter of spelling, and -59 for its end token (paper section 2, figure 5). As in
+    -19 nats for a matter of spelling, and -59 for its end token (arXiv 2603.25562, figure 5). As in
     the paper's code a string is encoded by the student's tokenizer and each of its ids counts by
     itself; by default only the first occurrence in each row is masked.
 
@@ -60,9 +60,7 @@ class SpecialTokenMask(TokenWeight):
             ids.update(encoded)
         self._ids = sorted(ids)
 
-    def weight(
-        self, rollout: Rollout, student: TokenDistribution, teacher: Distribution
-    ) -> Tensor:
+    def weight(self, rollout: Rollout, student: TokenDistribution, teacher: Distribution) -> Tensor:
         """Return 0 for masked tokens and 1 for all others, [N].
 
         Raises:
