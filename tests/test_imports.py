@@ -11,7 +11,7 @@ import opd_lightning
 
 SOURCE = Path(opd_lightning.__file__).parent
 
-# style.md section 1: room -> rooms it may import (`errors` is at the very bottom, for all)
+# room -> rooms it may import (`errors` is at the very bottom, for all); also in CONTRIBUTING.md
 TABLE: dict[str, set[str]] = {
     "errors": set(),
     "records": set(),

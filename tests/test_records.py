@@ -164,7 +164,7 @@ def test_position_counts_completion_tokens_over_several_spans():
 
 
 def test_select_rows_keeps_the_order_asked_for_and_cuts_padding():
-    rollout = with_teacher_prompts([[1] * 9, [2, 2], [3]])
+    rollout = with_teacher_prompts([[1] * 9, [2, 2], [3] * 5])
     rollout.reward = torch.tensor([0.0, 1.0, 2.0])
     rollout.task = ["a", "b", "c"]
     rollout.sampling_logprobs = -rollout.input_ids.float()
@@ -172,10 +172,10 @@ def test_select_rows_keeps_the_order_asked_for_and_cuts_padding():
     part = rollout.select_rows(ints(2, 1))
     assert part.task == ["c", "b"] and part.reward.tolist() == [2.0, 1.0]
     assert part.input_ids.tolist() == [[4, 4, 4], [5, 9, 0]]
-    assert part.teacher_input_ids.tolist() == [[3, 0, 0], [2, 2, 9]]
+    assert part.teacher_input_ids.tolist() == [[3, 3, 3, 3, 3], [2, 2, 9, 0, 0]]
     for name in ("attention_mask", "completion_mask", "sampling_logprobs", "old_logprobs"):
         assert getattr(part, name).shape == (2, 3), name
-    assert part.teacher_attention_mask.shape == (2, 3)
+    assert part.teacher_attention_mask.shape == (2, 5)
     assert part.token_ids.tolist() == [9] and part.flat_sampling_logprobs.tolist() == [-9.0]
     ids, _, mask = part.seen_by_teacher()
     assert ids[mask].tolist() == [9]

@@ -91,7 +91,7 @@ _SHARPNESS = 20.0
 
 
 def tiny_model(name: str = "llama", seed: int = 0, **config_overrides: object) -> PreTrainedModel:
-    """Return a 2-layer causal language model of 300 tokens with peaked random weights, fp32.
+    """Return a 2-layer causal language model of 300 tokens, peaked random weights, fp32, eval mode.
 
     Args:
         name: One of llama, qwen2, qwen3, gemma2, gemma3, gpt2, cohere, granite, phi, opt.
@@ -108,7 +108,7 @@ def tiny_model(name: str = "llama", seed: int = 0, **config_overrides: object) -
                 parameter.mul_(_SHARPNESS)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return model.eval()
 
 
 def save_tiny(

@@ -133,9 +133,8 @@ class PolicySpec:
             )
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise ConfigError(
-                f"cannot load the model {self.path!r}: {first_line}{_nearest_folder(Path(self.path))}"
-            ) from error
+            hint = _nearest_folder(Path(self.path))
+            raise ConfigError(f"cannot load the model {self.path!r}: {first_line}{hint}") from error
 
 
 def as_spec(model: PolicySpec | str | Path) -> PolicySpec:

@@ -159,7 +159,15 @@ class Rollout(_Movable):
             completions: B = P * G token lists; those of prompt p are `completions[p*G : (p+1)*G]`.
             truncated: B flags.
             sampling_logprobs: B lists of log-probabilities in nats, one for each completion token.
+
+        Raises:
+            ConfigError: If P does not divide B, or there are not B flags.
         """
+        if len(completions) % max(1, prompts.num_prompts) or len(truncated) != len(completions):
+            raise ConfigError(
+                f"{len(completions)} completions and {len(truncated)} flags for "
+                f"{prompts.num_prompts} prompts: give as many for every prompt, and a flag for each."
+            )
         device = prompts.input_ids.device
         group = len(completions) // max(1, prompts.num_prompts)
         prompt_ids = [ids for ids in prompts.unpadded() for _ in range(group)]
@@ -213,7 +221,8 @@ class Rollout(_Movable):
             task: B names; default all "default".
 
         Raises:
-            ConfigError: If `token_ids` and `row` differ in length, or `row` falls or is negative.
+            ConfigError: If `token_ids` and `row` differ in length, `row` falls or is negative, or
+                `task` has too few names.
         """
         if token_ids.shape != row.shape or token_ids.dim() != 1:
             raise ConfigError(
@@ -226,7 +235,12 @@ class Rollout(_Movable):
                 f"{row.tolist()}."
             )
         device = token_ids.device
-        num_rows = len(task) if task is not None else int(row[-1]) + 1 if row.numel() else 0
+        last_row = int(row[-1]) if row.numel() else -1
+        num_rows = len(task) if task is not None else last_row + 1
+        if last_row >= num_rows:
+            raise ConfigError(
+                f"task names {num_rows} rows, but row goes up to {last_row}. Give one name a row."
+            )
         lengths = torch.bincount(row, minlength=num_rows)
         starts = lengths.cumsum(0) - lengths
         column = torch.arange(len(row), device=device) - starts[row] + 1

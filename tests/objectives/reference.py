@@ -1,4 +1,4 @@
-"""Loss and gradient of every objective in closed form (paper section 1), position by position.
+"""Loss and gradient of every objective in closed form (docs/mathematics.md), position by position.
 
 Nothing here is differentiated: each function returns the loss of a position and its gradient on
 the student's logits, float64. z student logits [V], t teacher logits [V], y the sampled id.

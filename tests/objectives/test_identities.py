@@ -1,4 +1,4 @@
-"""The identities of paper section 7 that concern one position, by their numbers; V = 12, float64.
+"""The identities of docs/mathematics.md that concern one position, by number; V = 12, float64.
 
 E_y is enumerated: one row for each y, weighted by pi(y).
 """

@@ -19,7 +19,7 @@ REDUCTIONS = [
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
 ]
-# its minimiser is not the teacher: paper section 1.4
+# its minimiser is not the teacher: docs/mathematics.md, section 4
 NOT_ZERO_AT_THE_TEACHER = [n for n in CONFIGURED if n.startswith("head-")]
 
 

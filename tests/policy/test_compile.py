@@ -31,7 +31,7 @@ def read(policy: CausalPolicy, rollout: Rollout) -> torch.Tensor:
 
 
 def test_one_read_through_inductor(models: tuple):
-    """No gradient: each kernel costs seconds of g++. In one thread: no pool of compiling processes."""
+    """No gradient: each kernel costs seconds of g++. One thread: no pool of processes."""
     plain, compiled, _ = models
     rollout = Rollout.from_completions(PROMPTS, [[20, 21, 22], [30]], [False, True])
     with torch.no_grad(), torch._inductor.config.patch(compile_threads=1):

@@ -184,7 +184,7 @@ def test_vocab_size_cuts_the_head_and_renormalises():
 class ScaledLlama(LlamaForCausalLM):
     """A step after the head that no entry of the config names."""
 
-    def forward(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201
+    def forward(self, *args, **kwargs):  # noqa: ANN002, ANN003
         output = super().forward(*args, **kwargs)
         output.logits = output.logits * 1.5 + 0.1 * output.logits.roll(1, -1)
         return output

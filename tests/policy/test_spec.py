@@ -30,7 +30,7 @@ def test_missing_folder_names_the_nearest(folder: Path):
 
 @pytest.mark.parametrize("read", ["check", "load_config", "load_tokenizer", "load"])
 def test_every_way_in_checks_the_folder(read: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match="has no config.json. Give a folder written by"):
+    with pytest.raises(ConfigError, match=r"has no config\.json\. Give a folder written by"):
         getattr(PolicySpec(str(tmp_path)), read)()
 
 
@@ -81,10 +81,10 @@ def test_unknown_hub_name_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "student").mkdir()
     with pytest.raises(
-        ConfigError, match="cannot load the model 'studnt': .*Did you mean student?"
+        ConfigError, match=r"cannot load the model 'studnt': .*Did you mean student\?"
     ):
         PolicySpec("studnt").load_config()
-    with pytest.raises(ConfigError, match="cannot load the model 'no-owner/no-model': .+"):
+    with pytest.raises(ConfigError, match=r"cannot load the model 'no-owner/no-model': .+"):
         PolicySpec("no-owner/no-model").load()
 
 

@@ -21,7 +21,9 @@ class Student(L.LightningModule):
     def __init__(self, name: str = "llama", **config: object) -> None:
         super().__init__()
         self.student = CausalPolicy(tiny_model(name, **config), tiny_tokenizer())
-        self.seen: dict[str, list[PromptBatch]] = {"train": [], "val": [], "test": [], "predict": []}
+        self.seen: dict[str, list[PromptBatch]] = {
+            stage: [] for stage in ("train", "val", "test", "predict")
+        }
         self.updates_per_batch = 1
         self.automatic_optimization = False
 

@@ -43,7 +43,7 @@ GRID = [
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), GRID)
 def test_inverse_distribution_function(temperature: float, top_k: int, top_p: float):
-    """Over an even grid of n uniforms a token of probability p is drawn n p times, give or take 1."""
+    """Over an even grid of n uniforms a token of probability p is drawn n p times, +- 1."""
     expected = enumerated(LOGITS, temperature, top_k, top_p)
     n = 5000
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n

@@ -112,11 +112,13 @@ def test_head_padded_to_more_rows_than_the_students(tmp_path: Path):
 
     kl, (ids, logprobs) = teacher.read(rollout, both)
     ours, theirs = (
-        torch.stack([
-            m(torch.tensor([p + c])).logits[0, len(p) + i - 1, :300].detach().log_softmax(-1)
-            for p, c in [([5, 6, 7], [20, 21, 22, 1]), ([40, 41, 42, 43, 44], [30, 31])]
-            for i in range(len(c))
-        ])
+        torch.stack(
+            [
+                m(torch.tensor([p + c])).logits[0, len(p) + i - 1, :300].detach().log_softmax(-1)
+                for p, c in [([5, 6, 7], [20, 21, 22, 1]), ([40, 41, 42, 43, 44], [30, 31])]
+                for i in range(len(c))
+            ]
+        )
         for m in (student.model, model)
     )
     expected = (ours.exp() * (ours - theirs)).sum(-1)

@@ -95,8 +95,11 @@ class TokenDistribution(Distribution):
             chunk_size: Positions handled at once; default: what fits a byte budget.
 
         Raises:
-            ValueError: If the shapes of hidden and weight do not agree or temperature <= 0.
+            ValueError: If the shapes of hidden and weight do not agree, temperature <= 0 or
+                chunk_size < 1.
         """
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, or None to choose; got {chunk_size}.")
         head = Head(softcap, scale, temperature, chunk_size)
         return _HiddenDistribution(hidden, weight, bias, head)
 
@@ -217,8 +220,11 @@ class _DenseDistribution(TokenDistribution):
     def weighted_sum(
         self, row_fn: RowFunction, weights: Tensor, *others: TokenDistribution | Tensor
     ) -> tuple[Tensor, Tensor]:
-        values = self.read(row_fn, *others)
-        return torch.where(weights != 0, weights * values, 0.0).sum(), values.detach()
+        counts = weights != 0
+        # `where` keeps the gradient of an infinite value from a row that does not count
+        logits = torch.where(counts[:, None], self._logits, self._logits.detach())
+        values = _DenseDistribution(logits).read(row_fn, *others)
+        return torch.where(counts, weights * values, 0.0).sum(), values.detach()
 
     def finite_where_ignored(self, ignored: Tensor) -> "_DenseDistribution":
         return _DenseDistribution(_finite_rows(self._logits, ignored))

@@ -130,5 +130,5 @@ def check_at_least(name: str, value: float, minimum: float, why: str) -> None:
     Raises:
         ConfigError: If `value` < `minimum`.
     """
-    if value < minimum:
+    if not value >= minimum:
         raise ConfigError(f"{name} must be at least {minimum}; got {value}. {why}")

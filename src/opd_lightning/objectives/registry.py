@@ -55,7 +55,7 @@ def resolve_objective(name: str) -> type[Objective]:
         raise ConfigError(unknown_objective(name))
     try:
         return _checked(getattr(importlib.import_module(module), attribute), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{unknown_objective(name)} (Tried to import it: {error}.)") from error
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from opd_lightning.errors import ConfigError
 
+# A nucleus is looked for among this many of the likeliest tokens first, then among 8 times more.
+_NUCLEUS_CANDIDATES = 256
+
 
 @dataclass
 class SamplingConfig:
@@ -99,7 +102,15 @@ def sample(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Ten
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Mask what lies outside the smallest set of tokens with mass >= `top_p`."""
-    ordered, ids = logits.sort(descending=True)
-    mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    outside = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, mass_before >= top_p)
-    return logits.masked_fill(outside, -torch.inf)
+    probs = logits.softmax(-1)
+    vocab_size = probs.shape[-1]
+    # sorting the whole vocabulary would cost more than the model's forward pass on a CPU
+    candidates = min(_NUCLEUS_CANDIDATES, vocab_size)
+    while True:
+        mass, ids = probs.topk(candidates)
+        mass_before = mass.cumsum(-1) - mass
+        if candidates == vocab_size or bool((mass_before[:, -1] >= top_p).all()):
+            break
+        candidates = min(8 * candidates, vocab_size)
+    inside = torch.zeros_like(probs, dtype=torch.bool).scatter(1, ids, mass_before < top_p)
+    return logits.masked_fill(~inside, -torch.inf)
