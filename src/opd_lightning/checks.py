@@ -149,7 +149,7 @@ def stop_on_non_finite(
     """
     if bool(torch.isfinite(output.loss)):
         return
-    path = save_rollout(rollout, folder)
+    path = save_rollouts([rollout], folder)
     bad = (~torch.isfinite(output.token_loss)).nonzero()[:, 0]
     shown = [
         f"row {int(rollout.row[n])} position {int(rollout.position[n])} "
@@ -164,8 +164,15 @@ def stop_on_non_finite(
     )
 
 
-def stop_on_non_finite_gradient(grad_norm: float, rollout: Rollout, folder: Path) -> None:
+def stop_on_non_finite_gradient(
+    grad_norm: float, micro_batches: list[Rollout], folder: Path
+) -> None:
     """Stop a run whose gradient is not finite, before the optimiser sees it.
+
+    Args:
+        grad_norm: Of the update.
+        micro_batches: All of the update.
+        folder: Receives `non_finite_rollout.pt`.
 
     Raises:
         RunError: If the norm is NaN or infinite; names the saved file.
@@ -174,14 +181,18 @@ def stop_on_non_finite_gradient(grad_norm: float, rollout: Rollout, folder: Path
         return
     raise RunError(
         f"the gradient's norm is {grad_norm} although the loss is finite. The rollout is saved in "
-        f"{save_rollout(rollout, folder)}; the weights and the last checkpoint are as they were. "
-        "Lower the learning rate, or train in float32 or bf16 instead of fp16."
+        f"{save_rollouts(micro_batches, folder)}; the weights and the last checkpoint are as they "
+        "were. Lower the learning rate, or train in float32 or bf16 instead of fp16."
     )
 
 
-def save_rollout(rollout: Rollout, folder: Path) -> Path:
-    """Write the rollout's tensors to `non_finite_rollout.pt` in `folder` and return the path."""
+def save_rollouts(micro_batches: list[Rollout], folder: Path) -> Path:
+    """Write the fields of each to `non_finite_rollout.pt` in `folder`, and return the path.
+
+    `Rollout(**fields)` makes one again: `torch.load(path, weights_only=True)` is a list of fields.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "non_finite_rollout.pt"
-    torch.save({k: v for k, v in vars(rollout.to("cpu")).items() if v is not None}, path)
+    fields = [vars(rollout.to("cpu")) for rollout in micro_batches]
+    torch.save([{k: v for k, v in one.items() if v is not None} for one in fields], path)
     return path

@@ -145,7 +145,12 @@ def _told(error: Exception) -> tuple[str, int]:
             return str(cause), cause.exit_code
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, MisconfigurationException):
-        return str(error), ConfigError.exit_code
+        advice = ""
+        if "gradient clipping" in str(error):
+            advice = " Here gradients are clipped by model.max_grad_norm."
+        if "gradient accumulation" in str(error):
+            advice = " Here an update is split by model.micro_batch_tokens."
+        return f"{error}{advice}", ConfigError.exit_code
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
 
@@ -229,6 +234,7 @@ def _quiet() -> None:
         ".*LightningCLI's args parameter.*",  # main() takes them from sys.argv itself
         ".*is not empty.*",  # two loggers share the run's folder on purpose
         ".*isinstance.treespec, LeafSpec.*",
+        ".*no pre-optimization state was saved.*",  # the state after the step is what we want
     ):
         warnings.filterwarnings("ignore", pattern)
 

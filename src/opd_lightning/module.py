@@ -156,10 +156,17 @@ class OPDModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser over the student alone, and its schedule."""
-        optimizer = self.optimizer_factory(self.student.parameters())
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        optimizer = self.optimizer_factory(trained)
         if self.lr_scheduler_factory is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler_factory(optimizer)}
+        scheduler = self.lr_scheduler_factory(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError(
+                "lr_scheduler ReduceLROnPlateau waits for a metric, but schedules are stepped once "
+                "an update. Take one that counts steps, such as LinearLR or CosineAnnealingLR."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     # ----------------------------------------------------------------------------- training
 
@@ -242,6 +249,7 @@ class OPDModule(L.LightningModule):
                     self.temperature,
                 )  # fmt: skip
                 columns = part.completion_mask.nonzero()[:, 1]
+                old = old.to(logprobs.dtype)
                 old[rows.to(self.device)[part.row], columns] = logprobs
         return replace(rollout, old_logprobs=old)
 
@@ -251,7 +259,7 @@ class OPDModule(L.LightningModule):
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        checks.stop_on_non_finite_gradient(grad_norm, update.micro_batches[0], self.run_folder)
+        checks.stop_on_non_finite_gradient(grad_norm, update.micro_batches, self.run_folder)
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
@@ -264,10 +272,9 @@ class OPDModule(L.LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Add the batch's completions to the held-out measures."""
         rollout = _answered(batch)
-        if rollout.num_rows == 0:
-            return
+        read = _one_row_at_least(rollout)
         measures = self.read_both(
-            rollout, lambda student, teacher: on_policy_measures(student, teacher, rollout)
+            read, lambda student, teacher: on_policy_measures(student, teacher, read)
         )
         self._evaluation.update(measures)
         self._evaluation.update(completion_measures(rollout))
@@ -285,12 +292,13 @@ class OPDModule(L.LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one record a completion, with student and teacher log-probabilities a token."""
         rollout = _answered(batch)
+        read = _one_row_at_least(rollout)
+        ids = read.token_ids
+        student, teacher = self.read_both(
+            read, lambda student, teacher: (student.logprobs(ids), teacher.logprobs(ids))
+        )
         if rollout.num_rows == 0:
             return []
-        ids = rollout.token_ids
-        student, teacher = self.read_both(
-            rollout, lambda student, teacher: (student.logprobs(ids), teacher.logprobs(ids))
-        )
         return prediction_records(batch, self.tokenizer, student, teacher)
 
     # --------------------------------------------------------------------- logging, results
@@ -331,8 +339,13 @@ class OPDModule(L.LightningModule):
 
     def _log_evaluation(self, prefix: str) -> None:
         values = {f"{prefix}/{key}": value for key, value in self._evaluation.compute().items()}
-        self._log(values, self.global_step)
-        self.log_dict(values, logger=False, batch_size=1)
+        fitting = self.trainer.state.fn == "fit"
+        if fitting:
+            self._log(values, self.global_step)
+        elif values:
+            # Lightning writes, prints and returns them, under the step that stands among them
+            values["step"] = float(self.global_step)
+        self.log_dict(values, logger=not fitting, batch_size=1)
 
     def _log(self, values: dict[str, float], step: int) -> None:
         """Write to all loggers with the number of optimiser steps as the step.
@@ -352,3 +365,14 @@ def _answered(batch: PromptBatch) -> Rollout:
     if batch.rollout is None:
         raise ConfigError(checks.no_completions())
     return batch.rollout
+
+
+def _one_row_at_least(rollout: Rollout) -> Rollout:
+    """Return the rollout, or a row without completion for a rank that has no prompt in this round.
+
+    Its forwards and the keys of its measures are then those of the other ranks, which wait for it.
+    """
+    if rollout.num_rows:
+        return rollout
+    ids = torch.zeros(1, 1, dtype=torch.long, device=rollout.input_ids.device)
+    return Rollout(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))

@@ -5,7 +5,7 @@ B rows, L tokens with padding, N completion tokens, D hidden size, V shared voca
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,6 +44,7 @@ class PolicySpec:
         attn_implementation: transformers' name, such as "sdpa" or "flash_attention_2".
         gradient_checkpointing: Compute activations again in the backward pass to save memory.
         compile: Run the decoder through torch.compile (not during rollouts).
+        freeze: Parts of parameter names, such as "embed_tokens": those are not trained.
         trust_remote_code: Whether the model's own Python files may run.
         revision: Branch, tag or commit of a hub name.
     """
@@ -53,6 +54,7 @@ class PolicySpec:
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
     compile: bool = False
+    freeze: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
     revision: str | None = None
 
@@ -117,6 +119,7 @@ class PolicySpec:
         model = self._from_hub(
             AutoModelForCausalLM.from_pretrained, dtype=getattr(torch, self.dtype), **extra
         )
+        _freeze(model, self.freeze)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compile:
@@ -275,6 +278,19 @@ def _disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def _freeze(model: nn.Module, parts: list[str]) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(part in name for name in names):
+            raise ConfigError(
+                f"student.freeze {part!r} is part of no parameter's name.{nearest(part, names)} "
+                f"They look like {', '.join(names[:3])}."
+            )
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad_(False)
 
 
 def export_policy(policy: CausalPolicy, tokenizer: Tokenizer | None, folder: Path) -> None:

@@ -5,7 +5,7 @@ N completion tokens of all rows together ("flat": row by row, in time order).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
@@ -45,8 +45,9 @@ class Rollout(_Movable):
             was drawn, after temperature, top-k and top-p; 0 off the completion.
         old_logprobs: [B, L] nats or None: the student's log-probabilities (full softmax at the
             rollout's temperature) before the first of several updates on this rollout.
-        task: B task names.
-        truncated: [B] bool, True where the limit ended the completion and not the student.
+        task: B task names; default all "default".
+        truncated: [B] bool, True where the limit ended the completion and not the student; default
+            all False.
         reward: [B] or None, outcome reward of the row.
         teacher_input_ids: [B, Lt] or None, where the teacher sees another prompt. Each row ends
             with the same tokens as `input_ids`, from the first completion token on.
@@ -56,13 +57,19 @@ class Rollout(_Movable):
     input_ids: Tensor
     attention_mask: Tensor
     completion_mask: Tensor
-    task: list[str]
-    truncated: Tensor
+    task: list[str] | None = None
+    truncated: Tensor | None = None
     sampling_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     reward: Tensor | None = None
     teacher_input_ids: Tensor | None = None
     teacher_attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.task is None:
+            self.task = ["default"] * self.num_rows
+        if self.truncated is None:
+            self.truncated = self.completion_mask.new_zeros(self.num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -166,7 +173,7 @@ class Rollout(_Movable):
         if len(completions) % max(1, prompts.num_prompts) or len(truncated) != len(completions):
             raise ConfigError(
                 f"{len(completions)} completions and {len(truncated)} flags for "
-                f"{prompts.num_prompts} prompts: give as many for every prompt, and a flag for each."
+                f"{prompts.num_prompts} prompts: give as many a prompt, and a flag for each."
             )
         device = prompts.input_ids.device
         group = len(completions) // max(1, prompts.num_prompts)
@@ -261,12 +268,8 @@ class Rollout(_Movable):
             sampling_logprobs=spread(sampling_logprobs),
             old_logprobs=spread(old_logprobs),
             reward=reward,
-            task=task if task is not None else ["default"] * num_rows,
-            truncated=(
-                truncated
-                if truncated is not None
-                else torch.zeros(num_rows, dtype=torch.bool, device=device)
-            ),
+            task=task,
+            truncated=truncated,
         )
 
 
@@ -277,9 +280,9 @@ class PromptBatch(_Movable):
     Attributes:
         input_ids: [P, L] int64, padded on the right.
         attention_mask: [P, L] int64.
-        task: P task names.
-        index: [P] int64, line of each prompt in its source (0-based).
-        answer: P reference answers or None.
+        task: P task names; default all "default".
+        index: [P] int64, number of each prompt in its source (0-based); default 0 to P - 1.
+        answer: P reference answers, None where there is none.
         teacher_input_ids: [P, Lt] or None, the prompt that the teacher sees instead.
         teacher_attention_mask: [P, Lt] or None.
         rollout: The completions; from the dataset when it has them, else None until filled.
@@ -288,13 +291,21 @@ class PromptBatch(_Movable):
 
     input_ids: Tensor
     attention_mask: Tensor
-    task: list[str]
-    index: Tensor
-    answer: list[str | None] = field(default_factory=list)
+    task: list[str] | None = None
+    index: Tensor | None = None
+    answer: list[str | None] | None = None
     teacher_input_ids: Tensor | None = None
     teacher_attention_mask: Tensor | None = None
     rollout: Rollout | None = None
     rollout_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.task is None:
+            self.task = ["default"] * self.num_prompts
+        if self.index is None:
+            self.index = torch.arange(self.num_prompts, device=self.input_ids.device)
+        if self.answer is None:
+            self.answer = [None] * self.num_prompts
 
     @property
     def num_prompts(self) -> int:
@@ -308,17 +319,10 @@ class PromptBatch(_Movable):
 
     @classmethod
     def from_token_ids(
-        cls, prompts: Sequence[Sequence[int]], task: Sequence[str] | None = None
+        cls, prompts: Sequence[Sequence[int]], task: list[str] | None = None
     ) -> "PromptBatch":
         """Build a batch from P token lists, for use without a data module."""
-        input_ids, attention_mask = pad_right(prompts)
-        return cls(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            task=list(task) if task is not None else ["default"] * len(prompts),
-            index=torch.arange(len(prompts)),
-            answer=[None] * len(prompts),
-        )
+        return cls(*pad_right(prompts), task=task)
 
 
 def pad_right(

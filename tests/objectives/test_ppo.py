@@ -1,4 +1,4 @@
-"""The clipped forms of the sampled-token loss: where the gradient is zero, and what it is elsewhere."""
+"""The clipped forms of the sampled-token loss: where the gradient is zero, and its value."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Sequence-level theory on the bigram model (3 tokens, seeded logits), all 3^T sequences enumerated."""
+"""Sequence-level theory on a bigram model (3 tokens), all 3^T sequences enumerated."""
 
 from functools import cache
 

@@ -254,7 +254,8 @@ def test_dropout_is_off_in_training_mode(name: str):
     else:  # numbers on the layers, not nn.Dropout modules; and whole layers dropped
         rates = {"dropout": 0.1, "attention_dropout": 0.1, "layerdrop": 0.3}
     model = tiny_model(name, **rates).train()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         noisy = [logits_by_hand(model, rollout) for _ in range(2)]
         assert not torch.equal(*noisy), "the premise: this model has dropout"
         policy = CausalPolicy(model).train()

@@ -376,6 +376,14 @@ def test_finished_rows_leave_the_batch(max_rows: int | None):
     assert max(rows for rows, _ in calls) == (max_rows or 15)
 
 
+def test_prompts_of_like_length_are_decoded_together():
+    """Prompts of 9, 1, 3, 6 and 2 tokens, two at a time: little padding on the left."""
+    policy = policy_of()
+    with BatchSizes(policy) as calls:
+        generate(policy, max_rows=2, max_completion_length=1)
+    assert calls == [(2, 2), (2, 6), (1, 9)]
+
+
 def test_no_prompts_give_an_empty_rollout():
     policy = policy_of()
     with BatchSizes(policy) as calls:
@@ -429,7 +437,8 @@ def test_the_teachers_prompts_come_along():
 
 
 def test_tasks_follow_their_prompts():
-    batch = PromptBatch.from_token_ids(PROMPTS[:2], task=["sort", "sum"])
+    batch = PromptBatch.from_token_ids(PROMPTS[:2])
+    batch.task = ["sort", "sum"]
     sampling = SamplingConfig(max_completion_length=2, num_generations=2)
     rollout = TransformersEngine(1).generate(policy_of(), batch, sampling, seed=0)
     assert rollout.task == ["sort", "sort", "sum", "sum"]

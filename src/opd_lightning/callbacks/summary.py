@@ -106,7 +106,7 @@ class RunSummary(L.Callback):
             self._after = measured | {"step": trainer.global_step}
         elif trainer.num_sanity_val_steps == float("inf"):
             self._before = measured
-        if trainer.training and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._since = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

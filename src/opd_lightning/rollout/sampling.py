@@ -86,22 +86,27 @@ def sample(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Ten
         were drawn from (after temperature, top-k and top-p).
     """
     logits = logits.float() / config.temperature
+    ids = None  # column -> token id, where not all are left
     if 0 < config.top_k < logits.shape[-1]:
         last = logits.topk(config.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < last, -torch.inf)
     if config.top_p < 1:
-        logits = _nucleus(logits, config.top_p)
+        logits, ids = _nucleus(logits, config.top_p)
     logprobs = logits.log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
     # the last sum may miss 1 by rounding: draw within what there is
     threshold = (uniform * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)
-    tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+    column = torch.searchsorted(cumulative, threshold, right=True)
+    column = column.clamp(max=logits.shape[-1] - 1)
+    tokens = column if ids is None else ids.gather(1, column)
+    return tokens[:, 0], logprobs.gather(1, column)[:, 0]
 
 
-def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Mask what lies outside the smallest set of tokens with mass >= `top_p`."""
+def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return logits [R, C] and ids [R, C] of candidates in order of the ids.
+
+    Those outside the smallest set of tokens with mass >= `top_p` are -inf.
+    """
     probs = logits.softmax(-1)
     vocab_size = probs.shape[-1]
     # sorting the whole vocabulary would cost more than the model's forward pass on a CPU
@@ -112,5 +117,6 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor:
         if candidates == vocab_size or bool((mass_before[:, -1] >= top_p).all()):
             break
         candidates = min(8 * candidates, vocab_size)
-    inside = torch.zeros_like(probs, dtype=torch.bool).scatter(1, ids, mass_before < top_p)
-    return logits.masked_fill(~inside, -torch.inf)
+    ids, order = ids.sort(-1)
+    inside = (mass_before < top_p).gather(1, order)
+    return logits.gather(1, ids).masked_fill(~inside, -torch.inf), ids

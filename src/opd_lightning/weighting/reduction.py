@@ -67,20 +67,20 @@ class Reduction:
         self.horizon = horizon
 
     def scale(self, rollout: Rollout, size: UpdateSize) -> Tensor:
-        """Return the factor of each completion token, [N].
+        """Return the factor of each completion token, [N] float64 (fp32 where there is none).
 
         Args:
             rollout: A micro-batch of the update, whole rows.
             size: The whole update, over all micro-batches and ranks.
         """
         row = rollout.row
+        dtype = torch.float32 if row.device.type == "mps" else torch.float64
+        ones = torch.ones(row.shape, dtype=dtype, device=row.device)
         if self.name == "token-mean":
-            return torch.full(row.shape, 1 / max(1, size.num_tokens), device=row.device)
-        per_row = 1 / max(1, size.num_rows)
+            return ones / max(1, size.num_tokens)
+        per_row = ones / max(1, size.num_rows)
         if self.name == "seq-mean-token-mean":
             return per_row / rollout.completion_lengths[row]
         if self.name == "seq-mean-token-sum":
-            return torch.full(row.shape, per_row, device=row.device)
-        return torch.full(
-            row.shape, per_row / (self.horizon or max(1, size.longest)), device=row.device
-        )
+            return per_row
+        return per_row / (self.horizon or max(1, size.longest))

@@ -1,0 +1,80 @@
+"""An objective of the user's own, by dotted path and by entry point; the Python example."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd_lightning import Rollout, TokenDistribution
+from tests.cli.conftest import ROOT, run_opd
+
+EXAMPLE = ROOT / "examples" / "own_objective"
+
+
+def fit(world: Path, out: Path, objective: str, path: Path) -> subprocess.CompletedProcess:
+    return run_opd(
+        "fit", "--config", str(world / "run.yaml"), "--trainer.max_steps", "1",
+        "--trainer.default_root_dir", str(out), "--model.objective", objective,
+        "--model.objective.alpha", "0.2", PYTHONPATH=str(path),
+    )  # fmt: skip
+
+
+def test_by_dotted_path(world: Path, tmp_path: Path):
+    done = fit(world, tmp_path, "skewed_objective.SkewedReverseKL", EXAMPLE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_by_entry_point_once_installed(world: Path, tmp_path: Path):
+    not_yet = fit(world, tmp_path, "SkewedReverseKL", tmp_path)
+    assert not_yet.returncode == 2 and "'SkewedReverseKL' is not known" in not_yet.stderr
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
+         "--target", str(site), str(EXAMPLE)],
+        check=True,
+    )  # fmt: skip
+    done = fit(world, tmp_path, "SkewedReverseKL", site)
+    assert done.returncode == 0, done.stderr
+    listed = run_opd("fit", "--model.objective", "Nothing", PYTHONPATH=str(site))
+    assert "SkewedReverseKL" in listed.stderr
+
+
+def test_a_taken_name_is_refused(world: Path, tmp_path: Path):
+    info = tmp_path / "thief-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thief\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[opd_lightning.objectives]\nReverseKL = opd_lightning.objectives:ForwardKL\n"
+    )
+    done = run_opd("fit", "--config", str(world / "run.yaml"), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "'ReverseKL'" in done.stderr and "takes the name of" in done.stderr
+
+
+def test_the_example_is_bounded_and_zero_at_the_teacher(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    from skewed_objective import SkewedReverseKL
+
+    logits = torch.randn(3, 7, dtype=torch.float64)
+    rollout = Rollout.from_flat(torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]))
+    student = TokenDistribution.from_logits(logits)
+    assert SkewedReverseKL(0.1).token_loss(student, student, rollout).loss.abs().max() < 1e-12
+    far = TokenDistribution.from_logits(-50 * logits)
+    loss = SkewedReverseKL(0.1).token_loss(student, far, rollout).loss
+    assert (loss > 0).all() and (loss <= torch.log(torch.tensor(10.0)) + 1e-9).all()
+
+
+def test_python_example_trains_and_exports(world: Path, tmp_path: Path):
+    script = ROOT / "examples" / "python_api.py"
+    args = [str(world / "student"), str(world / "teacher"), str(tmp_path / "run"), "1"]
+    done = subprocess.run(
+        [sys.executable, str(script), *args], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
+    readme = (ROOT / "README.md").read_text()
+    for line in script.read_text().splitlines():
+        if line.startswith(("data =", "rollout =", "trainer.fit")):
+            assert line in readme

@@ -1,0 +1,150 @@
+"""Real processes: fit, then everything that follows from its run folder."""
+
+import csv
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.conftest import QUESTIONS, run_opd
+
+
+@pytest.fixture(scope="module")
+def fitted(world: Path) -> Path:
+    """The folder of a run of four steps."""
+    done = run_opd("fit", "--config", str(world / "run.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "reverse KL" in done.stdout and "before" in done.stdout and "student/" in done.stdout
+    return world / "runs" / "version_0"
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def held_out(folder: Path) -> dict[int, float]:
+    return {
+        int(r["step"]): float(r["val/kl/reverse"]) for r in rows_of(folder) if r["val/kl/reverse"]
+    }
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_run_folder_holds_what_the_readme_says(fitted: Path):
+    names = {path.name for path in fitted.iterdir()}
+    assert {"summary.json", "metrics.csv", "learning_curve.png", "config.yaml"} <= names
+    assert {"checkpoints", "student"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    summary = json.loads((fitted / "summary.json").read_text())
+    assert summary["reverse_kl_before"] == pytest.approx(held_out(fitted)[0], rel=1e-6)
+    assert summary["reverse_kl_after"] == pytest.approx(held_out(fitted)[4], rel=1e-6)
+    assert summary["reverse_kl_after"] < summary["reverse_kl_before"]
+    assert summary["tokens"] > 0 and summary["tokens_per_second"] > 0 and summary["seconds"] > 0
+    assert summary["config"]["model"]["objective"]["init_args"]["k"] == 8
+    resolved = yaml.safe_load((fitted / "config.yaml").read_text())
+    assert resolved["model"] == summary["config"]["model"]
+    steps = [int(row["step"]) for row in rows_of(fitted) if row["loss"]]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_validate_gives_the_runs_own_numbers(world: Path, fitted: Path, tmp_path: Path):
+    root = ["--trainer.default_root_dir", str(tmp_path)]
+    checkpoint = str(fitted / "checkpoints" / "last.ckpt")
+    config = ["--config", str(world / "run.yaml"), *root]
+    assert run_opd("validate", *config).returncode == 0
+    assert run_opd("validate", *config, "--ckpt_path", checkpoint).returncode == 0
+    before = rows_of(tmp_path / "version_0")[-1]["val/kl/reverse"]
+    after = rows_of(tmp_path / "version_1")[-1]["val/kl/reverse"]
+    assert float(before) == pytest.approx(held_out(fitted)[0], rel=1e-5)
+    assert float(after) == pytest.approx(held_out(fitted)[4], rel=1e-5)
+
+
+def test_predict_export_load(world: Path, fitted: Path, tmp_path: Path):
+    checkpoint = str(fitted / "checkpoints" / "last.ckpt")
+    done = run_opd(
+        "predict", "--config", str(world / "run.yaml"), "--ckpt_path", checkpoint,
+        "--trainer.default_root_dir", str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "version_0" / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["index"] for r in records] == [0, 1, 2, 3]
+    assert all(q in r["prompt"] for q, r in zip(QUESTIONS, records, strict=True))
+    for record in records:
+        n = len(record["token_ids"])
+        assert n > 0
+        assert n == len(record["student_logprobs"]) == len(record["teacher_logprobs"])
+        assert all(x <= 0 for x in record["student_logprobs"] + record["teacher_logprobs"])
+
+    exported = run_opd("export", "--ckpt", checkpoint, "--out", str(tmp_path / "out"))
+    assert exported.returncode == 0, exported.stderr
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    at_end = AutoModelForCausalLM.from_pretrained(fitted / "student").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(world / "student").state_dict()
+    assert weights.keys() == at_end.keys()
+    assert all(torch.equal(weights[key], at_end[key]) for key in weights)
+    assert not all(torch.equal(weights[key], start[key]) for key in weights)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(world / "student").chat_template
+    again = run_opd("export", "--ckpt", checkpoint, "--out", str(tmp_path / "out"))
+    assert again.returncode == 2 and "holds a model already" in again.stderr
+
+
+def test_second_run_resumes_into_a_new_version_and_leaves_the_first(world: Path, fitted: Path):
+    before = hashes(fitted)
+    overlay = world / "overlay.yaml"
+    overlay.write_text(
+        yaml.safe_dump({"trainer": {"max_steps": 6}, "data": {"prompts_per_step": 4}})
+    )
+    done = run_opd(
+        "fit", "--config", str(world / "run.yaml"), "--config", str(overlay),
+        "--ckpt_path", str(fitted / "checkpoints" / "last.ckpt"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    second = world / "runs" / "version_1"
+    assert [int(row["step"]) for row in rows_of(second) if row["loss"]] == [5, 6]
+    summary = json.loads((second / "summary.json").read_text())
+    assert summary["reverse_kl_before"] == pytest.approx(held_out(fitted)[0], rel=1e-6)
+    assert hashes(fitted) == before
+
+
+def test_printed_configuration_can_be_given_back(world: Path, tmp_path: Path):
+    swap = ["--model.objective", "SequenceReverseKL", "--model.objective.gamma", "0.5"]
+    printed = run_opd("fit", "--config", str(world / "run.yaml"), *swap, "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    (tmp_path / "printed.yaml").write_text(printed.stdout)
+    again = run_opd("fit", "--config", str(tmp_path / "printed.yaml"), "--print_config")
+    assert yaml.safe_load(again.stdout) == yaml.safe_load(printed.stdout)
+    objective = yaml.safe_load(printed.stdout)["model"]["objective"]
+    assert objective["class_path"].endswith("SequenceReverseKL")
+    assert objective["init_args"]["gamma"] == 0.5 and "k" not in objective["init_args"]
+
+
+def test_help_names_verbs_and_arguments():
+    said = run_opd("--help")
+    assert said.returncode == 0
+    for verb in ("fit", "validate", "test", "predict", "prune", "export", "demo"):
+        assert f"\n  {verb} " in said.stdout
+    fit = run_opd("fit", "--help").stdout
+    for argument in ("--model.objective", "--rollout", "--data.train", "--trainer.max_steps"):
+        assert argument in fit
+
+
+def test_exit_codes_of_real_processes(world: Path):
+    config = ["--config", str(world / "run.yaml")]
+    wrong = run_opd("fit", *config, "--model.objective", "TopKReversKL")
+    assert wrong.returncode == 2
+    assert "Did you mean TopKReverseKL?" in wrong.stderr and "Traceback" not in wrong.stderr
+    debug = run_opd("fit", *config, "--model.objective.k", "1", "--debug")
+    assert debug.returncode == 2 and "Traceback" in debug.stderr
+    infinite = run_opd("fit", *config, "--model.objective", "tests.cli.infinite.Infinite")
+    assert infinite.returncode == 1
+    assert "the loss is inf" in infinite.stderr and "non_finite_rollout.pt" in infinite.stderr
