@@ -24,9 +24,11 @@ student, teacher, out, steps = sys.argv[1:] or [
     20,
 ]
 
-module = OPDModule(student, teacher, TopKReverseKL(k=32), weights=[SpecialTokenMask()])
+module = OPDModule(
+    student, teacher, TopKReverseKL(k=32, tail="bucket"), weights=[SpecialTokenMask()]
+)
 data = OPDDataModule(train="examples/prompts/everyday.jsonl", prompts_per_step=16)
-rollout = RolloutCallback(SamplingConfig(top_p=0.9, max_completion_length=32))
+rollout = RolloutCallback(SamplingConfig(top_p=0.9, max_completion_length=24))
 trainer = L.Trainer(max_steps=int(steps), callbacks=[rollout], logger=run_loggers(out))
 trainer.fit(module, data)
 module.export(f"{out}/student")

