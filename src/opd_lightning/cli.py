@@ -6,8 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 import yaml
@@ -23,7 +22,7 @@ from opd_lightning.module import OPDModule
 from opd_lightning.objectives import known_objectives
 from opd_lightning.rollout import RolloutCallback
 from opd_lightning.tools.demo import demo
-from opd_lightning.tools.export import export
+from opd_lightning.tools.export import check_checkpoint, export
 from opd_lightning.tools.prune import prune
 
 RUN_VERBS = ("fit", "validate", "test", "predict")
@@ -80,19 +79,18 @@ class OPDCLI(LightningCLI):
         """Parse, and check that a named checkpoint is there.
 
         Raises:
-            ConfigError: If the arguments are not valid, with the nearest valid names.
+            ConfigError: If the arguments are not valid, with the nearest valid names, or the
+                checkpoint is missing or none.
         """
         try:
             super().parse_arguments(parser, args)
         except argparse.ArgumentError as error:
             actions = self._subcommand_parsers[args[0]]._actions
-            raise ConfigError(explain(str(error), [action.dest for action in actions])) from error
+            known = [action.dest for action in actions]
+            raise ConfigError(explain(str(error), known, args)) from error
         checkpoint = self.config[args[0]].get("ckpt_path")
-        if checkpoint and checkpoint not in _CHECKPOINT_WORDS and not Path(checkpoint).exists():
-            raise ConfigError(
-                f"checkpoint {checkpoint!r} does not exist. They lie in the run folder, "
-                "runs/<name>/version_<n>/checkpoints/*.ckpt."
-            )
+        if checkpoint and checkpoint not in _CHECKPOINT_WORDS:
+            check_checkpoint(checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks and loggers that every run has."""
@@ -111,7 +109,10 @@ class OPDCLI(LightningCLI):
         kwargs["callbacks"] = callbacks
         if config.get("logger") in (None, True):
             kwargs["logger"] = run_loggers(config["default_root_dir"])
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:  # Lightning's, for a strategy or an accelerator
+            raise ConfigError(f"the Trainer refuses its arguments: {error}") from error
 
     def before_fit(self) -> None:
         """Hand the resolved configuration to the summary."""
@@ -170,8 +171,16 @@ def _run(args: list[str]) -> None:
         )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses as the rest of `opd` does, in one message."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ConfigError."""
+        raise ConfigError(f"{message}. See {self.prog} --help.")
+
+
 def _prune(args: list[str]) -> None:
-    parser = argparse.ArgumentParser("opd prune", description=prune.__doc__.splitlines()[0])
+    parser = _Parser("opd prune", description=prune.__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a Hugging Face folder, or a hub name")
     parser.add_argument("--drop-layers", required=True, help="0-based, such as 13,14 or 10-15,20")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -180,7 +189,7 @@ def _prune(args: list[str]) -> None:
 
 
 def _export(args: list[str]) -> None:
-    parser = argparse.ArgumentParser("opd export", description=export.__doc__.splitlines()[0])
+    parser = _Parser("opd export", description=export.__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of opd fit")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--model", help="folder of the tokenizer; default: the run's student")
@@ -189,7 +198,7 @@ def _export(args: list[str]) -> None:
 
 
 def _demo(args: list[str]) -> None:
-    parser = argparse.ArgumentParser("opd demo", description=demo.__doc__.splitlines()[0])
+    parser = _Parser("opd demo", description=demo.__doc__.splitlines()[0])
     parser.add_argument("--out", default="models", help="folder to write; default: models")
     for folder in demo(parser.parse_args(args).out):
         print(folder)

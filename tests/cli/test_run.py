@@ -13,13 +13,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.cli.conftest import QUESTIONS, run_opd
 
 
+def runs_of(world: Path) -> list[str]:
+    return ["--trainer.default_root_dir", str(world / "fitted")]
+
+
 @pytest.fixture(scope="module")
 def fitted(world: Path) -> Path:
     """The folder of a run of four steps."""
-    done = run_opd("fit", "--config", str(world / "run.yaml"))
+    done = run_opd("fit", "--config", str(world / "run.yaml"), *runs_of(world))
     assert done.returncode == 0, done.stderr
     assert "reverse KL" in done.stdout and "before" in done.stdout and "student/" in done.stdout
-    return world / "runs" / "version_0"
+    return world / "fitted" / "version_0"
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
@@ -106,10 +110,10 @@ def test_second_run_resumes_into_a_new_version_and_leaves_the_first(world: Path,
     )
     done = run_opd(
         "fit", "--config", str(world / "run.yaml"), "--config", str(overlay),
-        "--ckpt_path", str(fitted / "checkpoints" / "last.ckpt"),
+        "--ckpt_path", str(fitted / "checkpoints" / "last.ckpt"), *runs_of(world),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    second = world / "runs" / "version_1"
+    second = world / "fitted" / "version_1"
     assert [int(row["step"]) for row in rows_of(second) if row["loss"]] == [5, 6]
     summary = json.loads((second / "summary.json").read_text())
     assert summary["reverse_kl_before"] == pytest.approx(held_out(fitted)[0], rel=1e-6)

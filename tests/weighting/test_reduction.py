@@ -82,7 +82,7 @@ def test_several_spans_of_a_row_count_as_one_row():
     rollout.completion_mask[0, 2] = False  # what another speaker said
     size = UpdateSize(3, 2, 2)
     scale = Reduction("seq-mean-token-mean").scale(rollout, size)
-    torch.testing.assert_close(scale, torch.tensor([0.25, 0.25, 0.5]))
+    torch.testing.assert_close(scale, torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64))
 
 
 def test_an_unknown_name_is_answered_by_the_nearest_and_by_all():

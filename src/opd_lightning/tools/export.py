@@ -1,6 +1,7 @@
 """`opd export`: a Hugging Face folder from a checkpoint."""
 
 import json
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from opd_lightning.errors import ConfigError
+from opd_lightning.errors import ConfigError, nearest
 from opd_lightning.policy import CausalPolicy, PolicySpec, export_policy
 
 _PREFIX = "student.model."
+_KEYS_SHOWN = 5
+_WHERE = "They lie in the run folder: runs/<name>/version_<n>/checkpoints/*.ckpt."
 
 
 def export(checkpoint: str, out: str, model: str | None = None) -> Path:
@@ -46,17 +49,40 @@ def load_checkpoint(path: str) -> dict[str, Any]:
         ConfigError: If there is none at `path`, or it is not one of this package.
     """
     if not Path(path).is_file():
-        raise ConfigError(
-            f"checkpoint {path!r} is not a file. They lie in the run folder, "
-            "runs/<name>/version_<n>/checkpoints/*.ckpt."
-        )
+        raise ConfigError(f"checkpoint {path!r} is not a file.{_near(path)} {_WHERE}")
+    check_checkpoint(path)
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if "opd_lightning" not in saved:
+        keys = [str(key) for key in saved][:_KEYS_SHOWN]
         raise ConfigError(
-            f"checkpoint {path!r} was not written by opd fit (its keys: {', '.join(saved)}). Give "
-            "one of a run folder's checkpoints/."
+            f"checkpoint {path!r} was not written by opd fit (it holds {', '.join(keys)}, ...). "
+            f"{_WHERE}"
         )
     return saved
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse, without reading it, what cannot be a checkpoint; a folder may be a sharded one.
+
+    Raises:
+        ConfigError: If there is nothing at `path`, or a file of another kind or cut off.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ConfigError(f"checkpoint {path!r} does not exist.{_near(path)} {_WHERE}")
+    if place.is_dir() and (files := sorted(file.name for file in place.glob("*.ckpt"))):
+        raise ConfigError(f"checkpoint {path!r} is a folder. Name one of it: {', '.join(files)}.")
+    # the table of a zip file stands at its end, so that a file that was cut off has none
+    if place.is_file() and not zipfile.is_zipfile(place):
+        raise ConfigError(
+            f"checkpoint {path!r} ({place.stat().st_size} bytes) is a file of another kind, or was "
+            f"cut off while it was written. {_WHERE}"
+        )
+
+
+def _near(path: str) -> str:
+    siblings = [file.name for file in Path(path).parent.glob("*.ckpt")]
+    return nearest(Path(path).name, siblings)
 
 
 def student_of(saved: dict[str, Any]) -> torch.nn.Module:
