@@ -26,7 +26,6 @@ from opd_lightning.tools.export import check_checkpoint, export
 from opd_lightning.tools.prune import prune
 
 RUN_VERBS = ("fit", "validate", "test", "predict")
-_CHECKPOINT_WORDS = ("last", "best", "hpc")  # Lightning's own
 
 _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
 
@@ -89,8 +88,19 @@ class OPDCLI(LightningCLI):
             known = [action.dest for action in actions]
             raise ConfigError(explain(str(error), known, args)) from error
         checkpoint = self.config[args[0]].get("ckpt_path")
-        if checkpoint and checkpoint not in _CHECKPOINT_WORDS:
+        if checkpoint and not (args[0] == "fit" and self._is_found_by_lightning(checkpoint)):
             check_checkpoint(checkpoint)
+
+    def _is_found_by_lightning(self, checkpoint: str) -> bool:
+        """Whether it is one of Lightning's words, and one that can mean something here.
+
+        Lightning looks for `last` in the folders of the callbacks. Where none is given, that is the
+        folder of the run that begins: nothing would be loaded, and the run would go on without.
+        """
+        callbacks = self.config["fit"]["trainer"].get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        has_folder = any((c.get("init_args") or {}).get("dirpath") for c in callbacks)
+        return checkpoint == "hpc" or (checkpoint == "last" and has_folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks and loggers that every run has."""
@@ -152,6 +162,13 @@ def _told(error: Exception) -> tuple[str, int]:
         if "gradient accumulation" in str(error):
             advice = " Here an update is split by model.micro_batch_tokens."
         return f"{error}{advice}", ConfigError.exit_code
+    if "loading state_dict" in str(error):
+        differences = " ".join(str(error).split())
+        return (
+            f"the checkpoint is not one of model.student: {differences:.200}... Give the student "
+            "that the run began with.",
+            ConfigError.exit_code,
+        )
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import GenerationConfig
 
 from opd_lightning.cli import main
 from tests.tiny import save_tiny
@@ -38,10 +40,15 @@ def write_prompts(path: Path, prompts: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with student, teacher, prompts and `run.yaml`."""
+    """A folder with student, teacher, prompts and `run.yaml`; and `unread.yaml`, the same with
+    models whose weights cannot be read, for what must be refused before they are."""
     folder = tmp_path_factory.mktemp("world")
     save_tiny(folder / "student", seed=1, num_hidden_layers=2)
     save_tiny(folder / "teacher", seed=2, num_hidden_layers=3)
+    # two end tokens and a setting of its own, as chat models have
+    GenerationConfig(eos_token_id=[1, 7], pad_token_id=1, do_sample=True, top_k=11).save_pretrained(
+        folder / "student"
+    )
     config: dict[str, Any] = {
         "model": {
             "student": str(folder / "student"),
@@ -77,6 +84,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    for name in ("student", "teacher"):
+        shutil.copytree(folder / name, folder / "unread" / name)
+        (folder / "unread" / name / "model.safetensors").write_bytes(b"no weights")
+        config["model"][name] = str(folder / "unread" / name)
+    config["trainer"]["default_root_dir"] = str(folder / "refused")
+    (folder / "unread.yaml").write_text(yaml.safe_dump(config))
     return folder
 
 
@@ -84,10 +97,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
-    """Run `opd` in this process, expect it to be refused, and return its one message."""
+    """Run `opd` in this process, expect it to be refused, and return its one message.
+
+    The models' weights cannot be read, so a refusal is one before they are.
+    """
 
     def run(*args: str, code: int = 2, verb: str | None = "fit") -> str:
-        line = [verb, "--config", str(world / "run.yaml"), *args] if verb else list(args)
+        line = [verb, "--config", str(world / "unread.yaml"), *args] if verb else list(args)
         monkeypatch.setattr(sys, "argv", ["opd", *line])
         with pytest.raises(SystemExit) as exit_:
             main(line)
@@ -95,7 +111,8 @@ def refused(
         assert exit_.value.code == code, said.err
         messages = [part for part in said.err.split("\n") if part.startswith("opd: ")]
         assert len(messages) == 1, said.err
-        assert "Traceback" not in said.err
+        assert "Traceback" not in said.err and "Expected a" not in said.err
+        assert "cannot load the model" not in said.err, "weights were read first"
         return messages[0]
 
     return run
