@@ -305,6 +305,10 @@ def export_policy(policy: CausalPolicy, tokenizer: Tokenizer | None, folder: Pat
     state = get_model_state_dict(policy.model, options=options)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
+    generation = policy.model.generation_config
+    if generation.temperature is not None or generation.top_p is not None:
+        # transformers refuses to save sampling settings beside greedy decoding
+        generation.do_sample = True
     policy.model.save_pretrained(folder, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ def test_by_dotted_path(world: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
-def test_by_entry_point_once_installed(world: Path, tmp_path: Path):
-    not_yet = fit(world, tmp_path, "SkewedReverseKL", tmp_path)
-    assert not_yet.returncode == 2 and "'SkewedReverseKL' is not known" in not_yet.stderr
+def test_by_entry_point_once_installed(
+    refused: Callable[..., str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert "'SkewedReversKL' is not known" in refused("--model.objective", "SkewedReversKL")
     site = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
@@ -37,20 +39,24 @@ def test_by_entry_point_once_installed(world: Path, tmp_path: Path):
     )  # fmt: skip
     done = fit(world, tmp_path, "SkewedReverseKL", site)
     assert done.returncode == 0, done.stderr
-    listed = run_opd("fit", "--model.objective", "Nothing", PYTHONPATH=str(site))
-    assert "SkewedReverseKL" in listed.stderr
+    monkeypatch.syspath_prepend(str(site))
+    message = refused("--model.objective", "SkewedReversKL")
+    assert "Did you mean SkewedReverseKL?" in message and "SequenceReverseKL, SkewedRev" in message
 
 
-def test_a_taken_name_is_refused(world: Path, tmp_path: Path):
+def test_a_taken_name_is_refused(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     info = tmp_path / "thief-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: thief\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[opd_lightning.objectives]\nReverseKL = opd_lightning.objectives:ForwardKL\n"
     )
-    done = run_opd("fit", "--config", str(world / "run.yaml"), PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2
-    assert "'ReverseKL'" in done.stderr and "takes the name of" in done.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    message = refused()
+    assert "entry point 'ReverseKL' (opd_lightning.objectives:ForwardKL)" in message
+    assert "takes the name of opd_lightning.objectives" in message and "Rename one" in message
 
 
 def test_the_example_is_bounded_and_zero_at_the_teacher(monkeypatch: pytest.MonkeyPatch):

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.tools.demo import demo
@@ -34,7 +40,8 @@ def bypassed(model: PreTrainedModel, layers: list[int]) -> torch.Tensor:
 def test_pruned_model_equals_the_original_with_layers_bypassed(name: str, tmp_path: Path):
     size: dict[str, object] = {"num_hidden_layers": 4}
     if name == "gemma3":
-        size["layer_types"] = ["sliding_attention", "full_attention"] * 2
+        # those that stay are not the first two of the list
+        size["layer_types"] = ["sliding_attention"] * 2 + ["full_attention"] * 2
     original = save_tiny(tmp_path / "whole", name, **size).eval()
     prune(str(tmp_path / "whole"), [1, 2], str(tmp_path / "pruned"))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
@@ -43,14 +50,18 @@ def test_pruned_model_equals_the_original_with_layers_bypassed(name: str, tmp_pa
         logits = pruned(IDS, use_cache=False).logits
     torch.testing.assert_close(logits, bypassed(original, [1, 2]))
     assert not torch.allclose(logits, bypassed(original, [0, 1]))
-    # with a cache every layer needs a place of its own
-    greedy = pruned.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    # with a cache every layer needs a place of its own, before it is written too
+    drop_decoder_layers(original, [1, 2])
+    places = [m.layer_idx for m in original.modules() if hasattr(m, "layer_idx")]
+    assert set(places) == {0, 1} and places == sorted(places)
     ids = IDS
     for _ in range(4):
         with torch.no_grad():
             following = pruned(ids, use_cache=False).logits[:, -1:].argmax(-1)
         ids = torch.cat([ids, following], dim=1)
-    assert torch.equal(greedy, ids)
+    for model in (pruned, original):
+        greedy = model.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert torch.equal(greedy, ids)
 
 
 @pytest.mark.parametrize("layers", [[4], [-1], [1, 1], [0, 1, 2, 3]])
@@ -80,3 +91,22 @@ def test_demo_leaves_models_alone_and_names_the_missing_package(
     monkeypatch.setattr("opd_lightning.tools.demo.PACKAGE", "no-such-package")
     with pytest.raises(ConfigError, match=r"no-such-package .*pip install --no-deps"):
         demo(str(tmp_path / "elsewhere"))
+
+
+def test_end_tokens_and_chat_template_come_along(tmp_path: Path):
+    whole = tmp_path / "whole"
+    save_tiny(whole, num_hidden_layers=3)
+    GenerationConfig(eos_token_id=[1, 7], do_sample=True, top_k=11).save_pretrained(whole)
+    pruned = prune(str(whole), [1], str(tmp_path / "pruned"))
+    generation = GenerationConfig.from_pretrained(pruned)
+    assert generation.eos_token_id == [1, 7] and generation.top_k == 11
+    template = AutoTokenizer.from_pretrained(whole).chat_template
+    assert template and AutoTokenizer.from_pretrained(pruned).chat_template == template
+
+
+def test_models_without_a_list_of_layers_are_refused():
+    config = CONFIG_MAPPING["bert"](
+        vocab_size=30, hidden_size=8, intermediate_size=8, num_attention_heads=2, is_decoder=True
+    )
+    with pytest.raises(ConfigError, match=r"BertLMHeadModel has no list of 12 .*such as Llama"):
+        drop_decoder_layers(AutoModelForCausalLM.from_config(config), [3])
