@@ -63,7 +63,8 @@ class TopKReverseKL(Objective):
             off the support.
 
     Raises:
-        ConfigError: If `k` < 2, or `renormalize` is False with tail="drop" without `biased_ok`.
+        ConfigError: If `k` < 2, `renormalize` is False with tail="drop" without `biased_ok`, or
+            tail="sampled" comes with a support that holds the sampled token.
     """
 
     def __init__(
