@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 
 from opd_lightning.errors import nearest
 from opd_lightning.objectives import Objective
-from opd_lightning.objectives.registry import unknown_objective
+from opd_lightning.objectives.registry import known_objectives, unknown_objective
 from opd_lightning.rollout import RolloutEngine
 from opd_lightning.teachers import Teacher
 from opd_lightning.weighting import Reduction, TokenWeight
@@ -214,6 +214,8 @@ def _type(message: str, key: str, args: Sequence[str]) -> str | None:
 
 def _known_classes(key: str) -> list[str]:
     base = _BASES[key.rsplit(".", 1)[-1]]
+    if base is Objective:
+        return sorted(known_objectives())
     # the only base that is also a choice
     own = {"Reduction"} if base is Reduction else set()
     return sorted(own | _names_of_subclasses(base))
