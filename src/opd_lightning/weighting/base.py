@@ -33,3 +33,10 @@ def combined_weight(
     for weight in weights:
         product = product * weight.weight(rollout, student, teacher)
     return product
+
+
+def by_row(values: Tensor, rollout: Rollout, fill: float) -> Tensor:
+    """Return `values` [N] in the rollout's layout, [B, L], with `fill` off the completions."""
+    return values.new_full(rollout.completion_mask.shape, fill).masked_scatter(
+        rollout.completion_mask, values
+    )
