@@ -187,7 +187,8 @@ class OPDModule(L.LightningModule):
                 clock.lap("student")
             stepped = self._optimizer_step(update)
             clock.lap("optimizer")
-            self._log_update(update, means.compute() | stepped, clock.take())
+            values = self.objective.finish_metrics(means.compute()) | stepped
+            self._log_update(update, values, clock.take())
 
     def plan_updates(self, rollout: Rollout) -> list[Update]:
         """Split a round into updates, with the token counts of all ranks known beforehand."""

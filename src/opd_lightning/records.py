@@ -102,6 +102,14 @@ class Rollout(_Movable):
         return (self.completion_mask.cumsum(dim=1) - 1)[self.completion_mask]
 
     @property
+    def span(self) -> Tensor:
+        """[N] 0-based number of each token's span: unbroken completion tokens of one row."""
+        before = self.completion_mask.roll(1, dims=1)
+        before[:, :1] = False
+        starts = self.completion_mask & ~before
+        return (starts.flatten().cumsum(0) - 1)[self.completion_mask.flatten()]
+
+    @property
     def flat_sampling_logprobs(self) -> Tensor | None:
         """[N] nats, or None when the engine did not return them."""
         return (

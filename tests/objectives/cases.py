@@ -42,7 +42,13 @@ def inputs(row: Tensor = ROW, seed: int = 0, dtype: torch.dtype = torch.float64)
     hidden, weight, bias, t = normal(n, D), 0.6 * normal(V, D), normal(V), 1.5 * normal(n, V)
     ids = torch.randint(V, (n,), generator=g)
     now = (hidden @ weight.T + bias).log_softmax(1)[torch.arange(n), ids]
-    rollout = Rollout.from_flat(ids, row, old_logprobs=(now + 0.5 * normal(n)).to(dtype))
+    rollout = Rollout.from_flat(
+        ids,
+        row,
+        old_logprobs=(now + 0.5 * normal(n)).to(dtype),
+        sampling_logprobs=(now + 0.5 * normal(n)).to(dtype),
+        reward=normal(int(row[-1]) + 1 if n else 0).to(dtype),
+    )
     return Inputs(*[x.to(dtype) for x in (hidden, weight, bias, t)], rollout)
 
 
@@ -81,6 +87,11 @@ def expected(name: str, z: Tensor, t: Tensor, rollout: Rollout) -> tuple[Tensor,
     for n in range(len(ids)):
         later = [cost(m) for m in range(n + 1, len(ids)) if row[m] == row[n]]
         case = Case(p[n], q[n], ids[n], None if old is None else old[n], later)
+        case.length = row.count(row[n])
+        if rollout.sampling_logprobs is not None:
+            case.sampling = float(rollout.flat_sampling_logprobs[n])
+        if rollout.reward is not None:
+            case.reward = float(rollout.reward[row[n]])
         loss, gradient = reference(case)
         losses.append(loss)
         gradients.append(gradient)

@@ -6,11 +6,16 @@ import pytest
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.objectives import (
+    EntropyAware,
     HeadTailReverseKL,
     JensenShannon,
+    Mixture,
     Objective,
+    PowerOPD,
+    ReverseKL,
     SampledTokenReverseKL,
     SequenceReverseKL,
+    SkewReverseKL,
     TopKReverseKL,
     known_objectives,
     resolve_objective,
@@ -66,6 +71,62 @@ REFUSED = {
         lambda: TopKReverseKL(renormalize=False),
         r"renormalize=False with tail='drop' is biased.*q\(S\)/e.*tail='bucket'.*biased_ok=True",
     ),
+    "detach_log_ratio without a sampled tail": (
+        lambda: TopKReverseKL(detach_log_ratio=False),
+        r"detach_log_ratio=False goes with tail='sampled'; the tail is 'drop'",
+    ),
+    "the published head and tail": (
+        lambda: TopKReverseKL(tail="sampled", detach_log_ratio=False),
+        r"published head and tail.*pushes mass out.*biased_ok=True",
+    ),
+    "p without top-p": (
+        lambda: TopKReverseKL(p=0.5),
+        r"p=0\.5 must lie in \(0, 1\] and goes with support='top-p'; the support is 'teacher'",
+    ),
+    "p above 1": (lambda: TopKReverseKL(support="top-p", p=1.5), r"p=1\.5 must lie in"),
+    "baseline": (
+        lambda: SampledTokenReverseKL(baseline="klx"),
+        r"baseline 'klx' is not known\. Did you mean kl\? Known: none, kl",
+    ),
+    "baseline_k alone": (
+        lambda: SampledTokenReverseKL(baseline_k=8),
+        r"baseline_k=8 has no effect without baseline='kl'",
+    ),
+    "k2 with what acts on an advantage": (
+        lambda: SampledTokenReverseKL(estimator="k2", clip_ratio=0.2, baseline="kl"),
+        r"estimator='k2' .* no advantage for clip_ratio, baseline to act on",
+    ),
+    "importance_cap": (
+        lambda: SampledTokenReverseKL(importance_cap=0.0),
+        r"importance_cap must be above 0; got 0\.0",
+    ),
+    "across_masked": (
+        lambda: SequenceReverseKL(across_masked="jump"),
+        r"across_masked 'jump' is not known.*Known: skip, reset",
+    ),
+    "normalize": (
+        lambda: SequenceReverseKL(normalize="len"),
+        r"normalize 'len' is not known.*Did you mean length",
+    ),
+    "power": (lambda: PowerOPD(alpha=0.0), r"alpha must be above 0; got 0\.0"),
+    "skew": (
+        lambda: SkewReverseKL(1.0),
+        r"strictly between 0 and 1; got 1\.0\. At 0 it is ReverseKL",
+    ),
+    "entropy": (lambda: EntropyAware(width=-1.0), r"width must be at least 0\.0; got -1\.0"),
+    "scaled beta": (
+        lambda: JensenShannon(1.5, scaled=True),
+        r"beta must lie within 0 and 1; got 1\.5",
+    ),
+    "mixture of unequal lists": (
+        lambda: Mixture([ReverseKL()], [0.5, 0.5]),
+        r"one coefficient for each.*got 1 objectives and coefficients \[0\.5, 0\.5\]",
+    ),
+    "mixture of nothing": (lambda: Mixture([], []), r"got 0 objectives"),
+    "mixture with a zero": (
+        lambda: Mixture([ReverseKL()], [0.0]),
+        r"finite and not 0; got \[0\.0\]",
+    ),
     "sampled tail that is never off the support": (
         lambda: TopKReverseKL(support="teacher+sampled", tail="sampled"),
         r"tail='sampled' has no effect with support='teacher\+sampled'.*support='teacher'",
@@ -120,7 +181,9 @@ def test_an_unknown_name_is_answered_by_the_nearest_and_by_all(wrong: str, meant
 
 
 def test_a_name_far_from_all_gets_the_list_without_a_guess():
-    with pytest.raises(ConfigError, match=r"'qqqqqq' is not known\. Known: ForwardKL"):
+    with pytest.raises(
+        ConfigError, match=r"'qqqqqq' is not known\. Known: EntropyAware, ForwardKL"
+    ):
         resolve_objective("qqqqqq")
 
 
@@ -130,7 +193,7 @@ def test_a_name_far_from_all_gets_the_list_without_a_guess():
 ])  # fmt: skip
 def test_a_dotted_path_that_leads_nowhere_says_why(path: str, why: str):
     with pytest.raises(
-        ConfigError, match=r"is not known.*Known: ForwardKL.*Tried to import it"
+        ConfigError, match=r"is not known.*Known: EntropyAware, ForwardKL.*Tried to import it"
     ) as error:
         resolve_objective(path)
     assert path in str(error.value) and why in str(error.value)

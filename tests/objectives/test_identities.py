@@ -13,6 +13,7 @@ from opd_lightning.objectives import (
     HeadTailReverseKL,
     JensenShannon,
     Objective,
+    PowerOPD,
     ReverseKL,
     SampledTokenReverseKL,
     TopKReverseKL,
@@ -94,6 +95,43 @@ def test_05_expected_sampled_token_gradient_is_the_reverse_kl_gradient():
     _, samples = per_sample(SampledTokenReverseKL())
     assert_equal(P @ samples, REVERSE_GRADIENT)
     assert (samples - REVERSE_GRADIENT).abs().max() > 0.1, "single samples differ from their mean"
+
+
+def trace_of_covariance(samples: Tensor) -> float:
+    mean = P @ samples
+    return float((P * (samples - mean).square().sum(1)).sum())
+
+
+@pytest.mark.parametrize("k", [None, 2, 4, V])
+def test_06_a_baseline_keeps_the_mean_and_lowers_the_variance(k: int | None):
+    plain = per_sample(SampledTokenReverseKL())[1]
+    samples = per_sample(SampledTokenReverseKL(baseline="kl", baseline_k=k))[1]
+    assert_equal(P @ samples, REVERSE_GRADIENT)
+    assert trace_of_covariance(samples) < 0.95 * trace_of_covariance(plain)
+    if k is None:
+        by_hand = -(KL - LOG_RATIO)[:, None] * (torch.eye(V, dtype=torch.float64) - P)
+        assert_equal(samples, by_hand)
+
+
+def test_08_k2_as_a_loss_has_the_reverse_kl_gradient():
+    values, samples = per_sample(SampledTokenReverseKL(estimator="k2"))
+    assert_equal(P @ samples, REVERSE_GRADIENT)
+    assert_equal(values, LOG_RATIO.square() / 2)
+    assert_equal(samples, per_sample(SampledTokenReverseKL())[1])
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 2.0])
+def test_power_reward_follows_the_density_power_divergence(alpha: float):
+    def divergence(z: Tensor) -> Tensor:
+        p = z.softmax(0)
+        terms = p ** (alpha + 1) - (alpha + 1) * p * Q**alpha + alpha * Q ** (alpha + 1)
+        return terms.sum() / (alpha * (alpha + 1))
+
+    assert_equal(in_expectation(PowerOPD(alpha))[1], by_autograd(divergence))
+
+
+def test_power_reward_tends_to_the_log_ratio():
+    assert_equal(in_expectation(PowerOPD(1e-7))[1], REVERSE_GRADIENT, atol=1e-6)
 
 
 def test_11_ppo_at_ratio_one_has_the_reinforce_gradient_for_all_y():

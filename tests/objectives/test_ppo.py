@@ -114,7 +114,7 @@ def test_log_ratio_clamp_bounds_the_advantage_on_both_sides(
     output, gradient = one_token(objective, advantage, 1.0)
     torch.testing.assert_close(gradient, -seen * SCORE, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(output.metrics["advantage/mean"].item(), seen)
-    torch.testing.assert_close(output.metrics["kl/reverse_k1"].item(), -seen)
+    torch.testing.assert_close(output.metrics["kl/reverse_k1"].item(), -advantage)
     assert output.metrics["advantage/negative_frac"].item() == float(seen < 0)
 
 

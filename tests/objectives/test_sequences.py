@@ -184,3 +184,41 @@ def test_a_silenced_token_hands_on_its_cost_exactly_where_that_is_finite(kind: s
     student, teacher = TokenDistribution.from_logits(leaf), TokenDistribution.from_logits(t)
     SequenceReverseKL()(student, teacher, rollout, weights).loss.backward()
     torch.testing.assert_close(leaf.grad, wanted, rtol=1e-12, atol=1e-14)
+
+
+def multi_turn() -> Rollout:
+    """Two rows of turns: the student's tokens stand at 1 2, 4 5 7 and at 1, 3 4."""
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1, 0, 1], [0, 1, 0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    ids = torch.arange(16).view(2, 8)
+    attention = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
+    return Rollout(ids, attention, mask)
+
+
+def test_spans_are_the_unbroken_runs_of_a_row():
+    assert multi_turn().span.tolist() == [0, 0, 1, 1, 2, 3, 4, 4]
+    touching = torch.tensor([[False, True], [True, True]])  # a row ends where the next begins
+    assert Rollout(torch.zeros(2, 2).long(), touching.long(), touching).span.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("across", ["skip", "reset"])
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_returns_across_turns(across: str, gamma: float):
+    rollout = multi_turn()
+    chains = [0, 0, 0, 0, 0, 1, 1, 1] if across == "skip" else [0, 0, 1, 1, 2, 3, 4, 4]
+    g = torch.Generator().manual_seed(0)
+    costs = torch.randn(8, generator=g, dtype=torch.float64)
+    objective = SequenceReverseKL(gamma, across_masked=across)
+    wanted = [
+        sum(
+            gamma**d * float(costs[m])
+            for d, m in enumerate(m for m in range(n, 8) if chains[m] == chains[n])
+        )
+        for n in range(8)
+    ]
+    torch.testing.assert_close(objective.credit(costs, rollout).tolist(), wanted)
+    per_token = SequenceReverseKL(gamma, across_masked=across, normalize="length")
+    lengths = [5, 5, 5, 5, 5, 3, 3, 3]
+    torch.testing.assert_close(
+        per_token.credit(costs, rollout).tolist(),
+        [w / n for w, n in zip(wanted, lengths, strict=True)],
+    )

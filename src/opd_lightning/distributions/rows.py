@@ -43,10 +43,42 @@ def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return kl(teacher, student)
 
 
-def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi."""
+def jensen_shannon(student: Tensor, teacher: Tensor, beta: float, scaled: bool = False) -> Tensor:
+    """beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi.
+
+    `scaled` divides by beta (1 - beta), so that the ends are forward and reverse KL.
+    """
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
-    log_m = torch.logaddexp(floored(log_q) + math.log(beta), floored(log_p) + math.log1p(-beta))
+    log_m = _log_mixture(log_q, log_p, beta)
     from_teacher = (log_q.exp() * (floored(log_q) - log_m)).sum(-1)
     from_student = (log_p.exp() * (floored(log_p) - log_m)).sum(-1)
+    if scaled:
+        return from_teacher / (1 - beta) + from_student / beta
     return beta * from_teacher + (1 - beta) * from_student
+
+
+def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """KL(pi || m), m = alpha pi + (1 - alpha) q; at most -log alpha."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    return (log_p.exp() * (floored(log_p) - _log_mixture(log_p, log_q, alpha))).sum(-1)
+
+
+def entropy_aware(student: Tensor, teacher: Tensor, threshold: float, width: float) -> Tensor:
+    """w KL(q || pi) + (1 - w) KL(pi || q), w rising with the teacher's entropy.
+
+    w = sigmoid((H(q) - threshold) / width); for width 0 a step, 1 from the threshold on.
+    """
+    above = entropy(teacher) - threshold
+    weight = torch.sigmoid(above / width) if width > 0 else (above >= 0).to(teacher.dtype)
+    # where a divergence has no weight it is that of the student to itself: 0, never 0 * infinity
+    same = student.detach()
+    forward = forward_kl(student, torch.where(weight[:, None] > 0, teacher, same))
+    reverse = reverse_kl(student, torch.where(weight[:, None] < 1, teacher, same))
+    return weight * forward + (1 - weight) * reverse
+
+
+def _log_mixture(logprobs: Tensor, others: Tensor, share: float) -> Tensor:
+    """log(share exp(logprobs) + (1 - share) exp(others)), finite."""
+    return torch.logaddexp(
+        floored(logprobs) + math.log(share), floored(others) + math.log1p(-share)
+    )

@@ -1,21 +1,39 @@
 """Objectives: what "closer to the teacher" means, one file a family, interchangeable by name."""
 
-from opd_lightning.objectives.base import Need, Objective, ObjectiveOutput, TokenLoss
-from opd_lightning.objectives.full_vocabulary import ForwardKL, JensenShannon, ReverseKL
+from opd_lightning.objectives.base import Need, Objective, ObjectiveOutput, Target, TokenLoss
+from opd_lightning.objectives.full_vocabulary import (
+    EntropyAware,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewReverseKL,
+)
+from opd_lightning.objectives.mixture import Mixture, OutcomeReward
 from opd_lightning.objectives.registry import known_objectives, resolve_objective
-from opd_lightning.objectives.sampled_token import SampledTokenReverseKL, SequenceReverseKL
-from opd_lightning.objectives.topk import HeadTailReverseKL, TopKReverseKL
+from opd_lightning.objectives.sampled_token import (
+    PowerOPD,
+    SampledTokenReverseKL,
+    SequenceReverseKL,
+)
+from opd_lightning.objectives.topk import HeadTailReverseKL, SupportMass, TopKReverseKL
 
 __all__ = [
+    "EntropyAware",
     "ForwardKL",
     "HeadTailReverseKL",
     "JensenShannon",
+    "Mixture",
     "Need",
     "Objective",
     "ObjectiveOutput",
+    "OutcomeReward",
+    "PowerOPD",
     "ReverseKL",
     "SampledTokenReverseKL",
     "SequenceReverseKL",
+    "SkewReverseKL",
+    "SupportMass",
+    "Target",
     "TokenLoss",
     "TopKReverseKL",
     "known_objectives",

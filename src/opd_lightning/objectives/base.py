@@ -5,17 +5,19 @@ of them, y the token that the student sampled, z the student's logits. All value
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from opd_lightning.distributions import Distribution, TokenDistribution
-from opd_lightning.errors import ConfigError
+from opd_lightning.errors import ConfigError, nearest
 from opd_lightning.records import Rollout
 
 Need = Literal["sampled", "topk", "full"]
+Target = str | Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -57,10 +59,18 @@ class Objective(ABC):
             ids and their log-probabilities, and log q(y)) or "full" (the whole vocabulary).
         on_policy_estimator: True if the gradient is right only in expectation over completions
             drawn from the student's full softmax, so that top-p below 1 biases it.
+        target: The divergence whose gradient it follows in expectation, which `opd audit` holds it
+            to: a name that the audit knows ("reverse_kl", "forward_kl", "sequence_reverse_kl",
+            ...), a function (p [V], q [V]) -> scalar of its own, or None with a `target_reason`.
+        target_reason: Why there is no target: what it follows instead.
+        variants: Further settings of the constructor that the audit and its documentation show.
     """
 
     needs: ClassVar[Need] = "full"
     on_policy_estimator: ClassVar[bool] = False
+    target: ClassVar[Target | None] = None
+    target_reason: ClassVar[str] = ""
+    variants: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     @abstractmethod
     def token_loss(
@@ -118,10 +128,21 @@ class Objective(ABC):
         """Return the teacher without non-finite numbers at the tokens that `ignored` [N] marks."""
         return teacher.finite_where_ignored(ignored)
 
+    def finish_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what to log of an update; for a number that follows from means and is none itself.
+
+        Args:
+            means: Log key -> mean over the update's tokens on all ranks.
+        """
+        return means
+
     def describe(self) -> str:
         """Return the class name with its settings, for logs and error messages."""
-        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
-        return f"{type(self).__name__}({settings})"
+        settings = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+
+    def __repr__(self) -> str:
+        return self.describe()
 
 
 def check_at_least(name: str, value: float, minimum: float, why: str) -> None:
@@ -132,3 +153,30 @@ def check_at_least(name: str, value: float, minimum: float, why: str) -> None:
     """
     if not value >= minimum:
         raise ConfigError(f"{name} must be at least {minimum}; got {value}. {why}")
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Refuse a word that is not among those of the Literal type `choices`.
+
+    Raises:
+        ConfigError: With the known words and the nearest.
+    """
+    known = get_args(choices)
+    if value not in known:
+        raise ConfigError(
+            f"{name} {value!r} is not known.{nearest(value, known)} Known: {', '.join(known)}."
+        )
+
+
+def whole(teacher: Distribution, objective: Objective) -> TokenDistribution:
+    """Return the teacher if it gives its whole vocabulary.
+
+    Raises:
+        ConfigError: If it does not.
+    """
+    if not isinstance(teacher, TokenDistribution):
+        raise ConfigError(
+            f"{objective.describe()} needs the teacher's whole vocabulary; this teacher gives "
+            f"{teacher.provides!r}. Take TopKReverseKL, SampledTokenReverseKL or a local teacher."
+        )
+    return teacher

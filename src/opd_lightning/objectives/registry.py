@@ -6,20 +6,37 @@ from importlib.metadata import entry_points
 
 from opd_lightning.errors import ConfigError, nearest
 from opd_lightning.objectives.base import Objective
-from opd_lightning.objectives.full_vocabulary import ForwardKL, JensenShannon, ReverseKL
-from opd_lightning.objectives.sampled_token import SampledTokenReverseKL, SequenceReverseKL
-from opd_lightning.objectives.topk import HeadTailReverseKL, TopKReverseKL
+from opd_lightning.objectives.full_vocabulary import (
+    EntropyAware,
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    SkewReverseKL,
+)
+from opd_lightning.objectives.mixture import Mixture, OutcomeReward
+from opd_lightning.objectives.sampled_token import (
+    PowerOPD,
+    SampledTokenReverseKL,
+    SequenceReverseKL,
+)
+from opd_lightning.objectives.topk import HeadTailReverseKL, SupportMass, TopKReverseKL
 
 ENTRY_POINT_GROUP = "opd_lightning.objectives"
 
 _OWN = [
     SampledTokenReverseKL,
     SequenceReverseKL,
+    PowerOPD,
     TopKReverseKL,
+    HeadTailReverseKL,
+    SupportMass,
     ReverseKL,
     ForwardKL,
     JensenShannon,
-    HeadTailReverseKL,
+    SkewReverseKL,
+    EntropyAware,
+    OutcomeReward,
+    Mixture,
 ]
 
 

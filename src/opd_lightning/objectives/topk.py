@@ -11,10 +11,16 @@ from torch import Tensor
 
 from opd_lightning.distributions import Distribution, TokenDistribution, rows
 from opd_lightning.errors import ConfigError
-from opd_lightning.objectives.base import Need, Objective, TokenLoss, check_at_least
+from opd_lightning.objectives.base import (
+    Need,
+    Objective,
+    TokenLoss,
+    check_at_least,
+    check_choice,
+)
 from opd_lightning.records import Rollout
 
-Support = Literal["teacher", "student", "teacher+sampled", "student+sampled"]
+Support = Literal["teacher", "student", "teacher+sampled", "student+sampled", "union", "top-p"]
 Tail = Literal["drop", "bucket", "sampled"]
 
 
@@ -32,6 +38,17 @@ class _SupportSet:
     teacher_logprobs: Tensor
     valid: Tensor
 
+    def joined(self, ids: Tensor, teacher: Distribution) -> "_SupportSet":
+        """Return the set with further `ids` [N, M]; those that it holds are not valid twice."""
+        new = ~((ids[:, :, None] == self.ids[:, None, :]) & self.valid[:, None, :]).any(-1)
+        # one id a position is the sampled token, which every teacher can score
+        logprobs = teacher.logprobs(ids.squeeze(1) if ids.shape[1] == 1 else ids)
+        return _SupportSet(
+            torch.cat([self.ids, ids], dim=1),
+            torch.cat([self.teacher_logprobs, logprobs.view(ids.shape).detach()], dim=1),
+            torch.cat([self.valid, new], dim=1),
+        )
+
 
 class TopKReverseKL(Objective):
     """Reverse KL over a few likely tokens of each position: the paper's local support matching.
@@ -42,30 +59,53 @@ class TopKReverseKL(Objective):
     is never penalised; 0 at pi = q. With S the whole vocabulary it is ReverseKL.
     Detached: the teacher, S, the prefix.
     Source: arXiv 2603.25562, local support matching and Table A3 (V1 to V5); docs/mathematics.md,
-    sections 3 and 4. Differs in `tail="sampled"` (V4, V5 in the corrected form, see
-    HeadTailReverseKL) and adds `tail="bucket"`.
-    Needs: the teacher's top K; its whole vocabulary where the student chooses S. Of the student, K
-    rows of the head a token and nothing of its vocabulary (with a tail, also its logsumexp).
+    sections 3 and 4. Adds `tail="bucket"`, the supports "union" and "top-p", and the corrected form
+    of V4 and V5.
+    Needs: the teacher's top K; its whole vocabulary where the student has a say in S. Of the
+    student, K rows of the head a token and nothing of its vocabulary (with a tail, also its
+    logsumexp).
 
     `tail="bucket"`: S and one outcome "everything else", S^c. Loss sum over S of pi_v log(pi_v /
     q_v) + pi(S^c) log(pi(S^c) / q(S^c)); gradient on z_v: pi_v (log(pi_v / q_v) - loss) on S, pi_v
     (log(pi(S^c) / q(S^c)) - loss) off it. A lower bound of the reverse KL that also holds the mass
     off S in place, from the same K teacher numbers.
 
+    `tail="sampled"`: the sampled token stands for the rest, see HeadTailReverseKL. With
+    `detach_log_ratio=False` it is the published form, whose gradient is off by exactly the gradient
+    of pi(S) and so pushes mass out of S.
+
     Args:
         k: Tokens kept a position, at least 2 (1 would be identically zero); more than the
             vocabulary is cut to it.
-        support: Whose likeliest tokens are kept; "+sampled" adds the sampled token (V2, V3).
+        support: Whose likeliest tokens are kept; "+sampled" adds the sampled token (V2, V3),
+            "union" takes both models' top K, "top-p" the smallest set of the teacher's that holds
+            mass `p`, at most K. Where that is one token, a renormalised loss is zero: take a tail.
         renormalize: Whether tail="drop" renormalises both sides on S. With a tail both sides sum
             to one anyway. False needs `biased_ok`: its minimiser holds only q(S) / e on S.
         tail: What becomes of the mass off S.
-        biased_ok: Accept the un-renormalised head alone, an ablation that drives 63 % of the mass
-            off the support.
+        p: Teacher mass of support="top-p", in (0, 1]; default 0.9 there.
+        detach_log_ratio: Whether tail="sampled" detaches the head's log-ratio. False needs
+            `biased_ok`.
+        biased_ok: Accept an ablation whose minimiser is not the teacher: the un-renormalised head
+            alone, or the published head and tail.
 
     Raises:
-        ConfigError: If `k` < 2, `renormalize` is False with tail="drop" without `biased_ok`, or
-            tail="sampled" comes with a support that holds the sampled token.
+        ConfigError: If `k` < 2, a biased setting comes without `biased_ok`, tail="sampled" with a
+            support that holds the sampled token, or `p` without "top-p" or out of range.
     """
+
+    variants = (
+        {"support": "student"},
+        {"support": "student+sampled"},
+        {"support": "teacher+sampled"},
+        {"support": "union"},
+        {"support": "top-p", "p": 0.75},
+        {"tail": "bucket"},
+        {"support": "union", "tail": "bucket"},
+        {"support": "student", "tail": "sampled"},
+        {"tail": "sampled", "detach_log_ratio": False, "biased_ok": True},
+        {"renormalize": False, "biased_ok": True},
+    )
 
     def __init__(
         self,
@@ -73,13 +113,33 @@ class TopKReverseKL(Objective):
         support: Support = "teacher",
         renormalize: bool = True,
         tail: Tail = "drop",
+        p: float | None = None,
+        detach_log_ratio: bool = True,
         biased_ok: bool = False,
     ) -> None:
         check_at_least(
             "k", k, 2, "One renormalised token has probability 1 on both sides: no loss."
         )
-        _check_choice("support", support, Support)
-        _check_choice("tail", tail, Tail)
+        check_choice("support", support, Support)
+        check_choice("tail", tail, Tail)
+        if p is None and support == "top-p":
+            p = 0.9
+        if p is not None and (support != "top-p" or not 0 < p <= 1):
+            raise ConfigError(
+                f"p={p} must lie in (0, 1] and goes with support='top-p'; the support is "
+                f"{support!r}. Leave p out or change the support."
+            )
+        if not detach_log_ratio and tail != "sampled":
+            raise ConfigError(
+                f"detach_log_ratio=False goes with tail='sampled'; the tail is {tail!r}, whose "
+                "gradient is that of its value. Leave it out."
+            )
+        if not detach_log_ratio and not biased_ok:
+            raise ConfigError(
+                "detach_log_ratio=False is the published head and tail, whose gradient pushes mass "
+                "out of the support (it adds that of pi(S)). Leave it out, or set biased_ok=True "
+                "for the ablation."
+            )
         if not renormalize and tail == "drop" and not biased_ok:
             raise ConfigError(
                 "renormalize=False with tail='drop' is biased: its minimiser keeps only q(S)/e of "
@@ -96,12 +156,38 @@ class TopKReverseKL(Objective):
         self.support = support
         self.renormalize = renormalize
         self.tail = tail
+        self.p = p
+        self.detach_log_ratio = detach_log_ratio
         self.biased_ok = biased_ok
 
     @property
     def needs(self) -> Need:
-        """What it reads of the teacher: "topk", or "full" where the student chooses the support."""
-        return "topk" if self.support.startswith("teacher") else "full"
+        """What it reads of the teacher: "topk", or "full" where the student has a say in S."""
+        of_teacher = self.support in ("teacher", "teacher+sampled", "top-p")
+        return "topk" if of_teacher else "full"
+
+    @property
+    def target(self) -> str | None:
+        """The reverse KL on S, of S and one bucket, or (with a sampled tail) the whole one."""
+        if self.target_reason:
+            return None
+        by_tail = {
+            "drop": "support_reverse_kl",
+            "bucket": "bucketed_reverse_kl",
+            "sampled": "reverse_kl",
+        }
+        return by_tail[self.tail]
+
+    @property
+    def target_reason(self) -> str:
+        """Why an ablation, or a support that holds the sample, follows no divergence."""
+        if not self.detach_log_ratio:
+            return "published form, off by the gradient of pi(S)"
+        if self.tail == "drop" and not self.renormalize:
+            return "ablation: the minimiser holds q(S)/e on S"
+        if self.support.endswith("+sampled"):
+            return "the support changes with the sample"
+        return ""
 
     @property
     def on_policy_estimator(self) -> bool:
@@ -113,7 +199,10 @@ class TopKReverseKL(Objective):
     ) -> TokenLoss:
         """Return the loss of each position, [N] nats."""
         support = self._support(student, teacher, rollout)
-        metrics = {"teacher/support_mass": _mass(support.teacher_logprobs, support.valid)}
+        metrics = {
+            "teacher/support_mass": _mass(support.teacher_logprobs, support.valid),
+            "teacher/support_size": support.valid.sum(-1).to(support.teacher_logprobs.dtype),
+        }
         if self.tail == "drop" and self.renormalize:
             logits = student.logits_at(support.ids).masked_fill(~support.valid, -torch.inf)
             teacher_logprobs = support.teacher_logprobs.masked_fill(~support.valid, -torch.inf)
@@ -125,24 +214,27 @@ class TopKReverseKL(Objective):
             return TokenLoss(_head(log_p, support.teacher_logprobs, support.valid), metrics)
         if self.tail == "bucket":
             return TokenLoss(_bucketed(log_p, support), metrics)
-        return TokenLoss(_head_and_tail(student, teacher, rollout, log_p, support), metrics)
+        loss = _head_and_tail(student, teacher, rollout, log_p, support, self.detach_log_ratio)
+        return TokenLoss(loss, metrics)
 
     def _support(
         self, student: TokenDistribution, teacher: Distribution, rollout: Rollout
     ) -> _SupportSet:
-        if self.support.startswith("teacher"):
-            ids, teacher_logprobs = teacher.topk(self.k)
-        else:
+        if self.support.startswith("student"):
             ids = student.topk_ids(self.k)
             teacher_logprobs = teacher.logprobs(ids)
+        else:
+            ids, teacher_logprobs = teacher.topk(self.k)
         valid = torch.ones_like(ids, dtype=torch.bool)
+        if self.support == "top-p":
+            mass = teacher_logprobs.exp()
+            valid = mass.cumsum(-1) - mass < self.p
+        support = _SupportSet(ids, teacher_logprobs.detach(), valid)
+        if self.support == "union":
+            return support.joined(student.topk_ids(self.k), teacher)
         if self.support.endswith("+sampled"):
-            sampled = rollout.token_ids[:, None]
-            valid = torch.cat([valid, ~(ids == sampled).any(1, keepdim=True)], dim=1)
-            ids = torch.cat([ids, sampled], dim=1)
-            sampled_logprobs = teacher.logprobs(rollout.token_ids)[:, None]
-            teacher_logprobs = torch.cat([teacher_logprobs, sampled_logprobs], dim=1)
-        return _SupportSet(ids, teacher_logprobs.detach(), valid)
+            return support.joined(rollout.token_ids[:, None], teacher)
+        return support
 
 
 class HeadTailReverseKL(TopKReverseKL):
@@ -166,8 +258,56 @@ class HeadTailReverseKL(TopKReverseKL):
         ConfigError: If `k` < 2.
     """
 
+    variants = ()
+
     def __init__(self, k: int = 32) -> None:
         super().__init__(k=k, tail="sampled")
+
+
+class SupportMass(Objective):
+    """Pulls the student's mass onto the teacher's top K: a term to add to what cannot see it.
+
+    Loss: -log pi(S), S the teacher's K likeliest tokens.
+    Gradient on z_v: pi_v - pi^_v on S, pi_v off it, pi^ the student renormalised on S. Not 0 at pi
+    = q: alone it empties everything off S, so give it a small coefficient in a Mixture beside
+    TopKReverseKL, or take tail="bucket", which holds the mass off S at the teacher's.
+    Detached: S, the teacher, the prefix.
+    Source: docs/mathematics.md, section 4.
+    Needs: the teacher's top K. Of the student, K rows of the head a token and its logsumexp.
+
+    Args:
+        k: Tokens of S, at least 1.
+
+    Raises:
+        ConfigError: If `k` < 1.
+    """
+
+    needs = "topk"
+    target = "support_surprisal"
+
+    def __init__(self, k: int = 32) -> None:
+        check_at_least("k", k, 1, "The mass on no token is 0.")
+        self.k = k
+
+    def token_loss(
+        self, student: TokenDistribution, teacher: Distribution, rollout: Rollout
+    ) -> TokenLoss:
+        """Return -log pi(S) of each position, [N] nats."""
+        ids, teacher_logprobs = teacher.topk(self.k)
+        log_mass = student.logprobs(ids).logsumexp(-1)
+        metrics = {
+            "teacher/support_mass": teacher_logprobs.exp().sum(-1).detach(),
+            "student/support_mass": log_mass.detach().exp(),
+        }
+        return TokenLoss(-log_mass, metrics)
+
+
+def bucketed_reverse_kl(student: TokenDistribution, teacher: Distribution, k: int) -> Tensor:
+    """Return the reverse KL of the teacher's top `k` and one bucket for the rest, [N] nats."""
+    ids, teacher_logprobs = teacher.topk(k)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    support = _SupportSet(ids, teacher_logprobs.detach(), valid)
+    return _bucketed(student.logprobs(ids), support)
 
 
 def _mass(logprobs: Tensor, valid: Tensor) -> Tensor:
@@ -210,9 +350,12 @@ def _head_and_tail(
     rollout: Rollout,
     log_p: Tensor,
     support: _SupportSet,
+    detach_log_ratio: bool,
 ) -> Tensor:
-    """Return the head with detached log-ratio plus the sampled tail, [N]."""
-    log_ratio = _log_ratio(log_p, support.teacher_logprobs).detach()
+    """Return the head plus the sampled tail, [N]."""
+    log_ratio = _log_ratio(log_p, support.teacher_logprobs)
+    if detach_log_ratio:
+        log_ratio = log_ratio.detach()
     head = (log_p.exp() * log_ratio).masked_fill(~support.valid, 0.0).sum(-1)
     outside = ~((support.ids == rollout.token_ids[:, None]) & support.valid).any(-1)
     student_logprobs = student.logprobs(rollout.token_ids)
@@ -220,9 +363,3 @@ def _head_and_tail(
     # pi / sg pi: 1 in value, grad log pi in gradient
     score = (student_logprobs - student_logprobs.detach()).exp()
     return head + torch.where(outside, score * log_ratio_tail.masked_fill(~outside, 0.0), 0.0)
-
-
-def _check_choice(name: str, value: str, choices: object) -> None:
-    known = choices.__args__
-    if value not in known:
-        raise ConfigError(f"{name} {value!r} is not known. Known: {', '.join(known)}.")
