@@ -27,7 +27,7 @@ TABLE: dict[str, set[str]] = {
     "callbacks": {"records", "rollout", "metrics"},
     # the four of the table, and what these four are themselves made of
     "module": {"policy", "objectives", "weighting", "teachers", "records", "distributions"},
-    "study": {"distributions", "objectives", "weighting"},
+    "study": {"records", "distributions", "objectives", "weighting"},
 }
 
 # Arrows that the table does not have: parts of module.py and cli.py in files of their own, and the

@@ -18,6 +18,7 @@ from opd_lightning.objectives import (
     SampledTokenReverseKL,
     TopKReverseKL,
     known_objectives,
+    resolve_objective,
 )
 
 
@@ -352,7 +353,7 @@ for _kind in ("teacher", "student", "teacher+sampled", "student+sampled", "union
 def build(name: str) -> Objective:
     """Return the configured objective `name`, or a known class with its defaults and a small k."""
     cls, settings = CONFIGURED[name][:2] if name in CONFIGURED else (name, {})
-    known = known_objectives()[cls]
+    known = resolve_objective(cls)
     if name not in CONFIGURED and "k" in inspect.signature(known).parameters:
         settings = {"k": K}
     return known(**settings)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from opd_lightning.distributions import TokenDistribution
-from opd_lightning.objectives import Objective, known_objectives
+from opd_lightning.objectives import Objective, known_objectives, known_terms
 from tests.objectives.cases import WEIGHTS, D, N, V, expected, gradient_on_logits, inputs
 from tests.objectives.reference import BATTERY, CONFIGURED, build
 
@@ -21,7 +21,8 @@ def assert_close(actual: Tensor, wanted: Tensor) -> None:
 
 
 def test_every_objective_of_the_package_has_a_reference():
-    own = {n for n, c in known_objectives().items() if c.__module__.startswith("opd_lightning.")}
+    known = known_objectives() | known_terms()
+    own = {n for n, c in known.items() if c.__module__.startswith("opd_lightning.")}
     assert own == own & set(CONFIGURED)
 
 
@@ -149,9 +150,9 @@ def test_loss_stays_in_the_precision_of_the_student(name: str):
         assert output.loss.dtype == output.token_loss.dtype == dtype
 
 
-@pytest.mark.parametrize("name", known_objectives())
+@pytest.mark.parametrize("name", known_objectives() | known_terms())
 def test_docstring_states_loss_gradient_source_detached_and_needs(name: str):
-    text = known_objectives()[name].__doc__
+    text = (known_objectives() | known_terms())[name].__doc__
     for word in ("loss", "gradient"):
         assert re.search(rf"\b{word}\b", text, re.IGNORECASE), word
     for heading in ("Source:", "Detached:", "Needs:"):

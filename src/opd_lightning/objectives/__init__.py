@@ -9,7 +9,11 @@ from opd_lightning.objectives.full_vocabulary import (
     SkewReverseKL,
 )
 from opd_lightning.objectives.mixture import Mixture, OutcomeReward
-from opd_lightning.objectives.registry import known_objectives, resolve_objective
+from opd_lightning.objectives.registry import (
+    known_objectives,
+    known_terms,
+    resolve_objective,
+)
 from opd_lightning.objectives.sampled_token import (
     PowerOPD,
     SampledTokenReverseKL,
@@ -37,5 +41,6 @@ __all__ = [
     "TokenLoss",
     "TopKReverseKL",
     "known_objectives",
+    "known_terms",
     "resolve_objective",
 ]

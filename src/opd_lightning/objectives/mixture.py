@@ -153,5 +153,4 @@ class OutcomeReward(Objective):
                 "None). Take a task with a verifier, or leave OutcomeReward out."
             )
         reward = rollout.reward[rollout.row].detach()
-        loss = -reward * student.logprobs(rollout.token_ids)
-        return TokenLoss(loss, {"reward/token_mean": reward})
+        return TokenLoss(-reward * student.logprobs(rollout.token_ids))

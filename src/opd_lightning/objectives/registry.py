@@ -29,15 +29,15 @@ _OWN = [
     PowerOPD,
     TopKReverseKL,
     HeadTailReverseKL,
-    SupportMass,
     ReverseKL,
     ForwardKL,
     JensenShannon,
     SkewReverseKL,
     EntropyAware,
-    OutcomeReward,
     Mixture,
 ]
+# no objectives by themselves: what a Mixture may add to one
+_TERMS = [SupportMass, OutcomeReward]
 
 
 def known_objectives() -> dict[str, type[Objective]]:
@@ -58,13 +58,18 @@ def known_objectives() -> dict[str, type[Objective]]:
     return known
 
 
+def known_terms() -> dict[str, type[Objective]]:
+    """Return name -> class of what makes sense only beside an objective, in a Mixture."""
+    return {cls.__name__: cls for cls in _TERMS}
+
+
 def resolve_objective(name: str) -> type[Objective]:
-    """Return the objective class called `name`, a known name or a dotted path.
+    """Return the objective (or term) called `name`, a known name or a dotted path.
 
     Raises:
         ConfigError: If there is none; the message lists the known names and the nearest.
     """
-    known = known_objectives()
+    known = known_objectives() | known_terms()
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")

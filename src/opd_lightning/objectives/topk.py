@@ -199,10 +199,10 @@ class TopKReverseKL(Objective):
     ) -> TokenLoss:
         """Return the loss of each position, [N] nats."""
         support = self._support(student, teacher, rollout)
-        metrics = {
-            "teacher/support_mass": _mass(support.teacher_logprobs, support.valid),
-            "teacher/support_size": support.valid.sum(-1).to(support.teacher_logprobs.dtype),
-        }
+        metrics = {"teacher/support_mass": _mass(support.teacher_logprobs, support.valid)}
+        if self.support not in ("teacher", "student"):
+            sizes = support.valid.sum(-1)
+            metrics["teacher/support_size"] = sizes.to(support.teacher_logprobs.dtype)
         if self.tail == "drop" and self.renormalize:
             logits = student.logits_at(support.ids).masked_fill(~support.valid, -torch.inf)
             teacher_logprobs = support.teacher_logprobs.masked_fill(~support.valid, -torch.inf)
