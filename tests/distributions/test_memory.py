@@ -114,6 +114,16 @@ def test_logits_at_reads_only_the_rows_asked_for():
     assert hidden.grad.isfinite().all()
 
 
+def test_a_low_precision_head_is_not_copied_by_a_read_of_some_rows():
+    # the stand-in that receives its gradient in fp32 has the shape of the head and no memory
+    n, d, v = 2, 32, 500
+    hidden = torch.ones(n, d, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(v, d, dtype=torch.bfloat16, requires_grad=True)
+    with Ledger() as ledger:
+        TokenDistribution.from_hidden(hidden, weight).logits_at(torch.tensor([[3, 5], [5, 7]]))
+    assert 0 < ledger.peak < v * d * 2 / 8 / 10, "a tenth of the head's bytes"
+
+
 def test_the_chunk_follows_from_the_byte_budget_when_not_given():
     n, v = 3, 3_000_000  # one row of fp32 logits takes 12 MB, so two rows fill the budget
     hidden, weight = torch.ones(n, 1), torch.ones(v, 1)

@@ -20,6 +20,7 @@ from opd_lightning.distributions.head import (
     WeightedSum,
     at_least_fp32,
     products,
+    receiver,
     row_values,
 )
 
@@ -241,6 +242,7 @@ class _HiddenDistribution(TokenDistribution):
             )
         _check_temperature(head.temperature)
         self._inputs = hidden, weight, bias
+        self._receivers = [receiver(tensor) for tensor in self._inputs]
         self._head = head
         self._logsumexp: Tensor | None = None
 
@@ -258,7 +260,8 @@ class _HiddenDistribution(TokenDistribution):
         return wanted and torch.is_grad_enabled()
 
     def logits_at(self, ids: Tensor) -> Tensor:
-        return self._head.finish(GatheredProducts.apply(*self._inputs, ids, self._head))
+        gathered = GatheredProducts.apply(self._inputs, ids, self._head, *self._receivers)
+        return self._head.finish(gathered)
 
     def logsumexp(self) -> Tensor:
         if _stale(self._logsumexp, self._differentiable):
@@ -280,7 +283,7 @@ class _HiddenDistribution(TokenDistribution):
 
         ids: list[Tensor] = []
         with torch.no_grad():
-            logsumexp = row_values(*self._inputs, self._head, ids_and_logsumexp, [])
+            logsumexp = row_values(self._inputs, self._head, ids_and_logsumexp, [])
         if keep_logsumexp:
             self._logsumexp = logsumexp
         return torch.cat(ids)
@@ -288,9 +291,9 @@ class _HiddenDistribution(TokenDistribution):
     def read(self, row_fn: RowFunction, *others: TokenDistribution | Tensor) -> Tensor:
         readers = [_chunk_reader(other) for other in others]
         if self._differentiable:
-            return RowValues.apply(*self._inputs, self._head, row_fn, readers)
+            return RowValues.apply(self._inputs, self._head, row_fn, readers, *self._receivers)
         with torch.no_grad():
-            return row_values(*self._inputs, self._head, row_fn, readers)
+            return row_values(self._inputs, self._head, row_fn, readers)
 
     def weighted_sum(
         self, row_fn: RowFunction, weights: Tensor, *others: TokenDistribution | Tensor
@@ -299,7 +302,9 @@ class _HiddenDistribution(TokenDistribution):
             values = self.read(row_fn, *others)
             return torch.where(weights != 0, weights * values, 0.0).sum(), values
         readers = [_chunk_reader(other) for other in others]
-        return WeightedSum.apply(*self._inputs, weights, self._head, row_fn, readers)
+        return WeightedSum.apply(
+            self._inputs, weights, self._head, row_fn, readers, *self._receivers
+        )
 
     def finite_where_ignored(self, ignored: Tensor) -> "_HiddenDistribution":
         hidden, weight, bias = self._inputs

@@ -3,6 +3,9 @@
 N positions, D hidden size, V vocabulary, C positions of one chunk, K gathered ids. No tensor of
 N x V numbers exists, forward or backward: the backward pass computes a chunk's logits again, or,
 where the weights of a sum are known, the forward pass computes the gradient on the spot.
+
+The autograd functions take the head's inputs twice: as the numbers to compute with, which autograd
+does not look into, and last as what receives their gradients in its graph (see `receiver`).
 """
 
 from collections.abc import Callable, Iterator
@@ -21,11 +24,40 @@ RowFunction = Callable[..., Tensor]
 """(logits [C, V], *others) -> [C], or [C, M] for M values a position; see `rows.py`."""
 Chunk = Callable[[slice], Tensor]
 """Gives the rows of a slice of something that has N rows."""
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""hidden [N, D], weight [V, D] and bias [V] or None."""
+
+_LOW = (torch.bfloat16, torch.float16)
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:
     """Return `tensor` in fp32 or, if it is float64, as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+class _Float32Receiver(torch.autograd.Function):
+    """A tensor's shape in fp32, without memory; the gradient that arrives goes to the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.dtype = tensor.dtype
+        return torch.zeros((), dtype=torch.float32, device=tensor.device).expand(tensor.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.to(ctx.dtype)
+
+
+def receiver(tensor: Tensor | None) -> Tensor | None:
+    """Return what stands for `tensor` in the graph of all reads: an fp32 stand-in for bf16 or fp16.
+
+    Autograd adds the gradients of several reads in the dtype of what received them. For a bf16
+    tensor itself that is a sum of rounded numbers; for the stand-in it is rounded once, at the end.
+    """
+    if tensor is None or tensor.dtype not in _LOW:
+        return tensor
+    with torch.enable_grad():  # a read with a gradient may come later
+        return _Float32Receiver.apply(tensor)
 
 
 @dataclass(frozen=True)
@@ -65,9 +97,8 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Rounding logits to bf16 flips the sign of about 6 % of the advantages (docs/mathematics.md,
     section 7).
     """
-    low = hidden.dtype in (torch.bfloat16, torch.float16)
     with torch.autocast(hidden.device.type, enabled=False):
-        if low and hidden.is_cuda:
+        if hidden.dtype in _LOW and hidden.is_cuda:
             result = torch.mm(hidden, weight.to(hidden.dtype).T, out_dtype=torch.float32)
         else:
             hidden = at_least_fp32(hidden)
@@ -78,10 +109,10 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _HeadGradient:
     """Sums the gradient of a chunk's products into those of hidden, weight and bias."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple) -> None:
+    def __init__(self, inputs: Inputs, needs: tuple[bool, ...]) -> None:
+        hidden, weight, bias = inputs
         dtype = at_least_fp32(hidden[:0]).dtype
         self._inputs = hidden, weight
-        self._dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
         self.weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[2] else None
@@ -97,17 +128,10 @@ class _HeadGradient:
             if self.bias is not None:
                 self.bias += grad_products.sum(0)
 
-    def scaled(self, factor: Tensor | None = None) -> list[Tensor | None]:
-        """Return the three gradients in their inputs' dtypes, times `factor` (in place)."""
-        grads = [self.hidden, self.weight, self.bias]
-        if factor is not None:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(factor)
-        return [
-            None if grad is None else grad.to(dtype)
-            for grad, dtype in zip(grads, self._dtypes, strict=True)
-        ]
+    @property
+    def sums(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three gradients, None where none is needed; autograd casts to a receiver's dtype."""
+        return self.hidden, self.weight, self.bias
 
 
 def _chunk_gradient(
@@ -127,39 +151,32 @@ class RowValues(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        inputs: Inputs,
         head: Head,
         row_fn: RowFunction,
         others: list[Chunk],
+        *receivers: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias)
+        ctx.save_for_backward(*inputs)
         ctx.head, ctx.row_fn, ctx.others = head, row_fn, others
-        return row_values(hidden, weight, bias, head, row_fn, others)
+        return row_values(inputs, head, row_fn, others)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
-        gradient = _HeadGradient(hidden, weight, bias, ctx.needs_input_grad)
+        inputs = hidden, weight, bias = ctx.saved_tensors
+        gradient = _HeadGradient(inputs, ctx.needs_input_grad[-3:])
         for rows in ctx.head.chunks(len(hidden), len(weight), grad_values.element_size()):
             raw = products(hidden[rows], weight, bias)
             others = [other(rows) for other in ctx.others]
             _, grad_raw = _chunk_gradient(ctx.head, raw, ctx.row_fn, others, grad_values[rows])
             gradient.add(rows, grad_raw)
-        return *gradient.scaled(), None, None, None
+        return None, None, None, None, *gradient.sums
 
 
-def row_values(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    row_fn: RowFunction,
-    others: list[Chunk],
-) -> Tensor:
+def row_values(inputs: Inputs, head: Head, row_fn: RowFunction, others: list[Chunk]) -> Tensor:
     """Return `row_fn` of every row, [N] or [N, M], without a gradient."""
+    hidden, weight, bias = inputs
     itemsize = at_least_fp32(hidden[:0]).element_size()
     # cloned, because values that are a view (logits[:, 0]) would keep every chunk's logits alive
     return torch.cat(
@@ -182,15 +199,15 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        inputs: Inputs,
         weights: Tensor,
         head: Head,
         row_fn: RowFunction,
         others: list[Chunk],
+        *receivers: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        gradient = _HeadGradient(hidden, weight, bias, ctx.needs_input_grad)
+        hidden, weight, bias = inputs
+        gradient = _HeadGradient(inputs, ctx.needs_input_grad[-3:])
         values = at_least_fp32(torch.zeros(len(hidden), device=hidden.device, dtype=hidden.dtype))
         for rows in head.chunks(len(hidden), len(weight), values.element_size()):
             raw = products(hidden[rows], weight, bias)
@@ -211,9 +228,9 @@ class WeightedSum(torch.autograd.Function):
                 "the gradient of a fused loss was already used (value: None); it can be "
                 "differentiated once. Call the objective again, or sum its token_loss instead."
             )
-        grads = ctx.gradient.scaled(grad_loss)
-        ctx.gradient = None
-        return *grads, None, None, None, None
+        sums, ctx.gradient = ctx.gradient.sums, None
+        grads = [None if total is None else total.mul_(grad_loss) for total in sums]
+        return None, None, None, None, None, *grads
 
 
 class GatheredProducts(torch.autograd.Function):
@@ -221,10 +238,11 @@ class GatheredProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, head: Head
+        ctx: Any, inputs: Inputs, ids: Tensor, head: Head, *receivers: Tensor | None
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.save_for_backward(*inputs, ids)
         ctx.head = head
+        hidden, weight, bias = inputs
         out = torch.empty(ids.shape, dtype=at_least_fp32(hidden[:0]).dtype, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in head.chunks(len(ids), ids.shape[1] * weight.shape[1], out.element_size()):
@@ -235,17 +253,18 @@ class GatheredProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, ids = ctx.saved_tensors
-        sums = _HeadGradient(hidden, weight, bias, ctx.needs_input_grad)
+        *inputs, ids = ctx.saved_tensors
+        hidden, weight, _ = inputs
+        gradient = _HeadGradient(inputs, ctx.needs_input_grad[-3:])
         with torch.autocast(hidden.device.type, enabled=False):
             numbers = ids.shape[1] * weight.shape[1]
             for rows in ctx.head.chunks(len(ids), numbers, grad.element_size()):
-                if sums.hidden is not None:
+                if gradient.hidden is not None:
                     gathered = weight[ids[rows]].to(grad.dtype)
-                    sums.hidden[rows] = torch.einsum("nkd,nk->nd", gathered, grad[rows])
-                if sums.weight is not None:
+                    gradient.hidden[rows] = torch.einsum("nkd,nk->nd", gathered, grad[rows])
+                if gradient.weight is not None:
                     outer = grad[rows, :, None] * hidden[rows, None, :].to(grad.dtype)
-                    sums.weight.index_add_(0, ids[rows].reshape(-1), outer.flatten(0, 1))
-        if sums.bias is not None:
-            sums.bias.index_add_(0, ids.reshape(-1), grad.reshape(-1))
-        return *sums.scaled(), None, None
+                    gradient.weight.index_add_(0, ids[rows].reshape(-1), outer.flatten(0, 1))
+        if gradient.bias is not None:
+            gradient.bias.index_add_(0, ids.reshape(-1), grad.reshape(-1))
+        return None, None, None, *gradient.sums
