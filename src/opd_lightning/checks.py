@@ -156,8 +156,9 @@ def stop_on_non_finite(
         f"{tokenizer.decode([int(rollout.token_ids[n])])!r} ({float(output.token_loss[n])})"
         for n in bad[:_TOKENS_SHOWN]
     ]
+    loss = float(output.loss.detach())
     raise RunError(
-        f"the loss is {float(output.loss.detach())} at {len(bad)} of {len(output.token_loss)} tokens: "
+        f"the loss is {loss} at {len(bad)} of {len(output.token_loss)} tokens: "
         f"{'; '.join(shown) or 'no single token, their sum'}. The rollout is saved in {path}; the "
         "weights and the last checkpoint are as they were. Mask those tokens (SpecialTokenMask) or "
         "bound the loss (log_ratio_clamp, TopKReverseKL)."

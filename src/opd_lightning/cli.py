@@ -6,6 +6,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
@@ -17,10 +18,21 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from opd_lightning.callbacks import OPDProgressBar, PredictionWriter, RunSummary, run_loggers
 from opd_lightning.config_errors import explain
 from opd_lightning.data import OPDDataModule
-from opd_lightning.errors import ConfigError, OPDError, nearest
+from opd_lightning.errors import ConfigError, OPDError, RunError, nearest
 from opd_lightning.module import OPDModule
 from opd_lightning.objectives import known_objectives
 from opd_lightning.rollout import RolloutCallback
+from opd_lightning.study.bigram import bigram
+from opd_lightning.study.landing import landing
+from opd_lightning.tools.audit import (
+    as_json,
+    as_markdown,
+    as_table,
+    audit,
+    audited_objectives,
+    objective_from,
+    write_page,
+)
 from opd_lightning.tools.demo import demo
 from opd_lightning.tools.export import check_checkpoint, export
 from opd_lightning.tools.prune import prune
@@ -35,6 +47,8 @@ _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
   predict    write completions with student and teacher log-probabilities as JSON lines
   prune      make a smaller student by removing decoder layers
   export     write the student of a checkpoint as a Hugging Face folder
+  audit      what each objective's gradient follows, by enumeration; judges your own too
+  study      where objectives land (landing); bias and variance by gamma and length (bigram)
   demo       write the quickstart's models
 
   --debug    with any verb: show the traceback of an error
@@ -221,9 +235,47 @@ def _demo(args: list[str]) -> None:
         print(folder)
 
 
+def _audit(args: list[str]) -> None:
+    parser = _Parser(
+        "opd audit",
+        description="Exit with 1 if an objective does not follow the divergence that it declares.",
+    )
+    parser.add_argument(
+        "--objective",
+        nargs="+",
+        metavar="NAME",
+        help="a name or a dotted path, maybe with settings: 'TopKReverseKL(k=4, tail=\"bucket\")'; "
+        "default: every known objective",
+    )
+    formats = {"table": as_table, "json": as_json, "markdown": as_markdown}
+    parser.add_argument("--format", choices=formats, default="table")
+    parser.add_argument("--write", metavar="PAGE", help="renew docs/objectives.md instead")
+    given = parser.parse_args(args)
+    named = given.objective and [objective_from(name) for name in given.objective]
+    findings = audit(named or audited_objectives())
+    if given.write:
+        write_page(given.write, findings)
+    else:
+        print(formats[given.format](findings))
+    if failed := [f"{f.name} {f.complaint}" for f in findings if f.complaint]:
+        raise RunError(f"{len(failed)} of {len(findings)} objectives fail: {'; '.join(failed)}")
+
+
+def _study(args: list[str]) -> None:
+    parser = _Parser("opd study", description="Write a study's tables (CSV) and figures (PNG).")
+    studies = {"landing": landing, "bigram": bigram}
+    parser.add_argument("name", choices=studies)
+    parser.add_argument("--out", default="runs/study", help="folder to write; default: runs/study")
+    given = parser.parse_args(args)
+    for path in studies[given.name](Path(given.out)):
+        print(path)
+
+
 _TOOLS: dict[str, Callable[[list[str]], None]] = {
     "prune": _prune,
     "export": _export,
+    "audit": _audit,
+    "study": _study,
     "demo": _demo,
 }
 

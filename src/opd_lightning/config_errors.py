@@ -13,7 +13,11 @@ from lightning.pytorch import Callback
 
 from opd_lightning.errors import nearest
 from opd_lightning.objectives import Objective
-from opd_lightning.objectives.registry import known_objectives, unknown_objective
+from opd_lightning.objectives.registry import (
+    known_objectives,
+    known_terms,
+    unknown_objective,
+)
 from opd_lightning.rollout import RolloutEngine
 from opd_lightning.teachers import Teacher
 from opd_lightning.weighting import Reduction, TokenWeight
@@ -21,6 +25,7 @@ from opd_lightning.weighting import Reduction, TokenWeight
 # Last part of an argument's name -> what its classes derive from.
 _BASES = {
     "objective": Objective,
+    "objectives": Objective,
     "teacher": Teacher,
     "weights": TokenWeight,
     "reduction": Reduction,
@@ -213,9 +218,10 @@ def _type(message: str, key: str, args: Sequence[str]) -> str | None:
 
 
 def _known_classes(key: str) -> list[str]:
-    base = _BASES[key.rsplit(".", 1)[-1]]
+    name = key.rsplit(".", 1)[-1]
+    base = _BASES[name]
     if base is Objective:
-        return sorted(known_objectives())
+        return sorted(known_objectives() | (known_terms() if name == "objectives" else {}))
     # the only base that is also a choice
     own = {"Reduction"} if base is Reduction else set()
     return sorted(own | _names_of_subclasses(base))

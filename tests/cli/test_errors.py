@@ -19,13 +19,20 @@ Refused = Callable[..., str]
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (["--model.objective", "TopKReversKL"], ["mean TopKReverseKL?", "Known: ForwardKL"]),
+        (["--model.objective", "TopKReversKL"], ["mean TopKReverseKL?", "Known: EntropyAware"]),
         (
             ["--model.objective", "nowhere.at.Mine"],
             ["'nowhere.at.Mine'", "No module named 'nowhere'", "Your own", "dotted path"],
         ),
         (["--model.objective", "torch.optim.Sgd"], ["'torch.optim.Sgd'", "no attribute 'Sgd'"]),
-        (["--model.objective", "torch.nn.Linear"], ["not a subclass of Objective", "Known: For"]),
+        (["--model.objective", "torch.nn.Linear"], ["not a subclass of Objective", "Known: Ent"]),
+        (
+            [
+                "--model.objective", "Mixture",
+                "--model.objective.objectives", '[{"class_path": "SuportMass"}]',
+            ],
+            ["objectives 'SuportMass' is not known. Did you mean SupportMass?", "OutcomeReward"],
+        ),
         (["--model.objective.kk", "3"], ["no argument 'kk'", "Did you mean k?", "support"]),
         (["--rollout.sampling.top_pp", "1"], ["SamplingConfig", "'top_pp'", "Did you mean top_p?"]),
         (["--model.objective.k", "1"], ["k must be at least 2; got 1"]),

@@ -18,30 +18,33 @@ def fit(world: Path, out: Path, objective: str, path: Path) -> subprocess.Comple
     return run_opd(
         "fit", "--config", str(world / "run.yaml"), "--trainer.max_steps", "1",
         "--trainer.default_root_dir", str(out), "--model.objective", objective,
-        "--model.objective.alpha", "0.2", PYTHONPATH=str(path),
+        "--model.objective.sharpness", "1.5", PYTHONPATH=str(path),
     )  # fmt: skip
 
 
 def test_by_dotted_path(world: Path, tmp_path: Path):
-    done = fit(world, tmp_path, "skewed_objective.SkewedReverseKL", EXAMPLE)
+    done = fit(world, tmp_path, "sharpened_objective.SharpenedReverseKL", EXAMPLE)
     assert done.returncode == 0, done.stderr
 
 
 def test_by_entry_point_once_installed(
     refused: Callable[..., str], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert "'SkewedReversKL' is not known" in refused("--model.objective", "SkewedReversKL")
+    assert "'SharpenedReversKL' is not known" in refused("--model.objective", "SharpenedReversKL")
     site = tmp_path / "site"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
          "--target", str(site), str(EXAMPLE)],
         check=True,
     )  # fmt: skip
-    done = fit(world, tmp_path, "SkewedReverseKL", site)
+    done = fit(world, tmp_path, "SharpenedReverseKL", site)
     assert done.returncode == 0, done.stderr
     monkeypatch.syspath_prepend(str(site))
-    message = refused("--model.objective", "SkewedReversKL")
-    assert "Did you mean SkewedReverseKL?" in message and "SequenceReverseKL, SkewedRev" in message
+    message = refused("--model.objective", "SharpenedReversKL")
+    assert (
+        "Did you mean SharpenedReverseKL?" in message
+        and "SequenceReverseKL, SharpenedRev" in message
+    )
 
 
 def test_a_taken_name_is_refused(
@@ -59,17 +62,27 @@ def test_a_taken_name_is_refused(
     assert "takes the name of opd_lightning.objectives" in message and "Rename one" in message
 
 
-def test_the_example_is_bounded_and_zero_at_the_teacher(monkeypatch: pytest.MonkeyPatch):
+def test_the_example_is_zero_at_the_sharpened_teacher(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    from skewed_objective import SkewedReverseKL
+    from sharpened_objective import SharpenedReverseKL
 
     logits = torch.randn(3, 7, dtype=torch.float64)
     rollout = Rollout.from_flat(torch.tensor([1, 2, 3]), torch.tensor([0, 0, 1]))
-    student = TokenDistribution.from_logits(logits)
-    assert SkewedReverseKL(0.1).token_loss(student, student, rollout).loss.abs().max() < 1e-12
-    far = TokenDistribution.from_logits(-50 * logits)
-    loss = SkewedReverseKL(0.1).token_loss(student, far, rollout).loss
-    assert (loss > 0).all() and (loss <= torch.log(torch.tensor(10.0)) + 1e-9).all()
+    teacher = TokenDistribution.from_logits(logits)
+    there = SharpenedReverseKL(1.5).token_loss(
+        TokenDistribution.from_logits(1.5 * logits), teacher, rollout
+    )
+    assert there.loss.abs().max() < 1e-12
+    assert (SharpenedReverseKL(1.5).token_loss(teacher, teacher, rollout).loss > 1e-3).all()
+
+
+def test_the_audit_judges_the_example():
+    named = "sharpened_objective.SharpenedReverseKL"
+    done = run_opd(
+        "audit", "--objective", named, f"{named}(sharpness=2.0)", PYTHONPATH=str(EXAMPLE)
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("its own") == 4, done.stdout
 
 
 def test_python_example_trains_and_exports(world: Path, tmp_path: Path):

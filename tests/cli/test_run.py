@@ -201,7 +201,14 @@ def test_an_objective_swapped_by_name_is_the_one_that_runs(world: Path, tmp_path
     assert reverse == dotted
     assert len({top_k, reverse, jensen_shannon}) == 3
     objective = json.loads((folder / "summary.json").read_text())["config"]["model"]["objective"]
-    assert objective["init_args"] == {"beta": 0.25}
+    assert objective["init_args"] == {"beta": 0.25, "scaled": False}
+    terms = '[{"class_path": "ReverseKL"}, "ForwardKL", {"class_path": "SupportMass"}]'
+    mixture = ["Mixture", "--model.objective.objectives", terms]
+    coefficients = ["--model.objective.coefficients", "[1.0, 1e-9, 1e-9]"]
+    main(["fit", *config, *root, *swap[:2], "--model.objective", *mixture, *coefficients])
+    line = rows_of(tmp_path / "version_4")[0]
+    assert float(line["loss"]) == pytest.approx(reverse, rel=1e-6)
+    assert {"loss/ReverseKL", "loss/ForwardKL", "loss/SupportMass"} <= set(line)
 
 
 def test_help_names_verbs_and_arguments(capsys: pytest.CaptureFixture[str]):

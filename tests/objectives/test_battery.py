@@ -155,7 +155,7 @@ def test_docstring_states_loss_gradient_source_detached_and_needs(name: str):
     text = (known_objectives() | known_terms())[name].__doc__
     for word in ("loss", "gradient"):
         assert re.search(rf"\b{word}\b", text, re.IGNORECASE), word
-    for heading in ("Source:", "Detached:", "Needs:"):
+    for heading in ("Source:", "Detached:", "Needs:", "Choose:"):
         assert heading in text, heading
 
 

@@ -21,7 +21,7 @@ REDUCTIONS = [
     "seq-mean-token-sum",
     "seq-mean-token-sum-norm",
 ]
-# its minimiser is not the teacher: docs/mathematics.md, sections 4 and 6
+# its minimiser is not the teacher: docs/mathematics.md, sections 4 and 8
 NOT_ZERO_AT_THE_TEACHER = [n for n in CONFIGURED if n.startswith("head-")] + [
     "tail-published",
     "SupportMass",

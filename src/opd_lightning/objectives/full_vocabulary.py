@@ -59,6 +59,7 @@ class ReverseKL(FullVocabularyDivergence):
     Detached: the teacher and the prefix, which the student sampled.
     Source: docs/mathematics.md, section 5; the expectation of arXiv 2603.25562's sampled-token OPD.
     Needs: the teacher's whole vocabulary.
+    Choose: where the teacher is local and its head affordable: no bias, no sampling noise.
     """
 
     target = "reverse_kl"
@@ -76,6 +77,8 @@ class ForwardKL(FullVocabularyDivergence):
     Detached: the teacher and the prefix.
     Source: docs/mathematics.md, section 5.
     Needs: the teacher's whole vocabulary.
+    Choose: to keep the teacher's alternatives (diversity, pass@k); it is lenient on tokens that the
+    teacher would not write.
     """
 
     target = "forward_kl"
@@ -96,6 +99,7 @@ class JensenShannon(FullVocabularyDivergence):
     Detached: the teacher and the prefix.
     Source: docs/mathematics.md, section 5; GKD's generalised JSD (arXiv 2306.13649).
     Needs: the teacher's whole vocabulary.
+    Choose: between ReverseKL and ForwardKL; bounded by the entropy of (beta, 1 - beta).
 
     Args:
         beta: Weight of the teacher in the mixture; 0.5 is symmetric. Strictly between 0 and 1;
@@ -139,6 +143,7 @@ class SkewReverseKL(FullVocabularyDivergence):
     Detached: the teacher and the prefix; m moves with the student.
     Source: DistiLLM's skew reverse KL (arXiv 2402.03898, eq. 6); docs/mathematics.md, section 5.
     Needs: the teacher's whole vocabulary.
+    Choose: for a reverse KL that one excluded token cannot blow up.
 
     Args:
         alpha: Share of the student in the mixture, strictly between 0 and 1.
@@ -171,6 +176,7 @@ class EntropyAware(FullVocabularyDivergence):
     Detached: w, the teacher and the prefix.
     Source: Entropy-aware OPD (arXiv 2603.07079); docs/mathematics.md, section 5.
     Needs: the teacher's whole vocabulary.
+    Choose: where the teacher branches at a few positions and is sure at the others.
 
     Args:
         threshold: Teacher entropy in nats at which the two change places, at least 0.

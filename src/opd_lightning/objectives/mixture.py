@@ -8,9 +8,44 @@ from opd_lightning.distributions import Distribution, TokenDistribution
 from opd_lightning.errors import ConfigError
 from opd_lightning.objectives.base import Need, Objective, ObjectiveOutput, TokenLoss
 from opd_lightning.objectives.full_vocabulary import ForwardKL, ReverseKL
+from opd_lightning.objectives.topk import SupportMass, TopKReverseKL
 from opd_lightning.records import Rollout
 
 _NEEDS: tuple[Need, ...] = ("sampled", "topk", "full")
+
+
+class OutcomeReward(Objective):
+    """The outcome reward of a completion as a term beside a distillation loss: REINFORCE.
+
+    Loss: -R log pi(y), R the rollout's reward of the row.
+    Gradient on z_v: R (pi_v - 1[v = y]). Summed over a row, in expectation the gradient of -E[R].
+    Detached: R, the prefix.
+    Source: arXiv 2603.25562's code, `reward_weight`: A + w R in a Mixture with coefficient w.
+    Needs: nothing of the teacher (listed as "sampled", the least there is). Biased with top-p < 1.
+    Choose: as a small term of a Mixture, where completions can be checked.
+
+    No baseline and no group normalisation: it is a term, not a reinforcement learner.
+    """
+
+    needs = "sampled"
+    on_policy_estimator = True
+    target = "expected_reward"
+
+    def token_loss(
+        self, student: TokenDistribution, teacher: Distribution, rollout: Rollout
+    ) -> TokenLoss:
+        """Return -R log pi(y) of each sampled token, [N].
+
+        Raises:
+            ConfigError: If the rollout has no rewards.
+        """
+        if rollout.reward is None:
+            raise ConfigError(
+                "OutcomeReward needs the reward of each completion; this rollout has none (reward: "
+                "None). Take a task with a verifier, or leave OutcomeReward out."
+            )
+        reward = rollout.reward[rollout.row].detach()
+        return TokenLoss(-reward * student.logprobs(rollout.token_ids))
 
 
 class Mixture(Objective):
@@ -19,8 +54,9 @@ class Mixture(Objective):
     Loss: sum_i c_i loss_i.
     Gradient on z_v: sum_i c_i gradient_i; it follows the same sum of the terms' divergences.
     Detached: what each term detaches.
-    Source: docs/mathematics.md, section 6; with OutcomeReward the paper code's `reward_weight`.
+    Source: docs/mathematics.md, section 8; with OutcomeReward the paper code's `reward_weight`.
     Needs: the most that one of its terms needs.
+    Choose: to add a small term to an objective: SupportMass, OutcomeReward, a second divergence.
 
     The terms' metrics keep their keys (of two with one key, the first term's), and each term's mean
     loss is `loss/<term>`, before its coefficient.
@@ -32,6 +68,11 @@ class Mixture(Objective):
     Raises:
         ConfigError: If there are no terms, not as many coefficients, or one is 0 or not finite.
     """
+
+    variants = (
+        {"objectives": [TopKReverseKL(k=3), SupportMass(k=3)], "coefficients": [1.0, 0.1]},
+        {"objectives": [ReverseKL(), OutcomeReward()], "coefficients": [1.0, 0.1]},
+    )
 
     def __init__(
         self,
@@ -121,36 +162,3 @@ class Mixture(Objective):
         for term, loss, own in zip(self.objectives, losses, of_terms, strict=True):
             metrics = {f"loss/{type(term).__name__}": loss} | own | metrics
         return metrics
-
-
-class OutcomeReward(Objective):
-    """The outcome reward of a completion as a term beside a distillation loss: REINFORCE.
-
-    Loss: -R log pi(y), R the rollout's reward of the row.
-    Gradient on z_v: R (pi_v - 1[v = y]). Summed over a row, in expectation the gradient of -E[R].
-    Detached: R, the prefix.
-    Source: arXiv 2603.25562's code, `reward_weight`: A + w R in a Mixture with coefficient w.
-    Needs: nothing of the teacher (listed as "sampled", the least there is). Biased with top-p < 1.
-
-    No baseline and no group normalisation: it is a term, not a reinforcement learner.
-    """
-
-    needs = "sampled"
-    on_policy_estimator = True
-    target = "expected_reward"
-
-    def token_loss(
-        self, student: TokenDistribution, teacher: Distribution, rollout: Rollout
-    ) -> TokenLoss:
-        """Return -R log pi(y) of each sampled token, [N].
-
-        Raises:
-            ConfigError: If the rollout has no rewards.
-        """
-        if rollout.reward is None:
-            raise ConfigError(
-                "OutcomeReward needs the reward of each completion; this rollout has none (reward: "
-                "None). Take a task with a verifier, or leave OutcomeReward out."
-            )
-        reward = rollout.reward[rollout.row].detach()
-        return TokenLoss(-reward * student.logprobs(rollout.token_ids))

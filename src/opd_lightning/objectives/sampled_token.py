@@ -37,6 +37,8 @@ class SampledTokenReverseKL(Objective):
     Needs: the sampled token's log-probability; with a baseline also the teacher's whole vocabulary
     or its top `baseline_k`. Biased where completions are drawn with top-p < 1: tokens outside the
     nucleus are never seen.
+    Choose: for the paper's baseline, and where the teacher gives one number a token. Its single
+    samples are noisy; take TopKReverseKL where K teacher numbers can be had.
 
     `baseline="kl"` adds KL(pi || q), detached, to A: it does not depend on y, so the mean stays and
     the variance falls. `estimator="k2"` is the loss (log pi(y) - log q(y))^2 / 2, differentiated;
@@ -213,9 +215,11 @@ class SampledTokenReverseKL(Objective):
         """
         if self.baseline != "none":
             return super().without_ignored(student, teacher, rollout, ignored)
-        own = self._old_logprobs(student.logprobs(rollout.token_ids), rollout)
         sampled = teacher.logprobs(rollout.token_ids).detach()
-        sampled = torch.where(ignored & ~sampled.isfinite(), own, sampled)
+        unusable = ignored & ~sampled.isfinite()
+        if bool(unusable.any()):
+            own = self._old_logprobs(student.logprobs(rollout.token_ids), rollout)
+            sampled = torch.where(unusable, own, sampled)
         return TopKDistribution(rollout.token_ids[:, None], sampled[:, None], sampled)
 
     def _old_logprobs(self, student_logprobs: Tensor, rollout: Rollout) -> Tensor:
@@ -271,6 +275,7 @@ class SequenceReverseKL(SampledTokenReverseKL):
     Detached: G, the teacher, the prefix.
     Source: arXiv 2603.25562, sequence-level reverse KL; docs/mathematics.md, section 2.
     Needs: the sampled token's log-probability.
+    Choose: for short completions, or with a small gamma; its variance grows with the length.
 
     The theory sums over t: pair it with the reduction seq-mean-token-sum; a token mean divides by
     the length. The variance grows about as T^3 for gamma = 1 and as T for gamma = 0. A token of
@@ -354,6 +359,7 @@ class PowerOPD(SampledTokenReverseKL):
     Source: PowerOPD (arXiv 2606.17199); density power divergence: Basu et al. 1998;
     docs/mathematics.md, section 1.
     Needs: the sampled token's log-probability, which may be -inf. Biased with top-p < 1.
+    Choose: where single tokens of enormous cost (spelling, end tokens) drown the others.
 
     Args:
         alpha: Exponent, > 0. Larger values listen only to likely tokens.

@@ -64,6 +64,8 @@ class TopKReverseKL(Objective):
     Needs: the teacher's top K; its whole vocabulary where the student has a say in S. Of the
     student, K rows of the head a token and nothing of its vocabulary (with a tail, also its
     logsumexp).
+    Choose: the default for a teacher of the same family, with `tail="bucket"` where student and
+    teacher differ in how much mass they hold off S.
 
     `tail="bucket"`: S and one outcome "everything else", S^c. Loss sum over S of pi_v log(pi_v /
     q_v) + pi(S^c) log(pi(S^c) / q(S^c)); gradient on z_v: pi_v (log(pi_v / q_v) - loss) on S, pi_v
@@ -250,6 +252,8 @@ class HeadTailReverseKL(TopKReverseKL):
     pi(S), which pushes mass out of S; here the log-ratio is detached.
     Needs: the teacher's top K and the sampled token's log-probability. Biased with top-p < 1, as
     all that samples.
+    Choose: for an unbiased full reverse KL from K teacher numbers, at one sample's variance of the
+    tail.
 
     Args:
         k: Tokens kept a position, at least 2.
@@ -274,6 +278,7 @@ class SupportMass(Objective):
     Detached: S, the teacher, the prefix.
     Source: docs/mathematics.md, section 4.
     Needs: the teacher's top K. Of the student, K rows of the head a token and its logsumexp.
+    Choose: as a small term of a Mixture.
 
     Args:
         k: Tokens of S, at least 1.
