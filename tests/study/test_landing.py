@@ -172,6 +172,14 @@ def test_the_gradient_is_the_expectation_over_the_sampled_token():
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
 
 
+def test_the_forward_kl_on_the_support_has_its_stated_gradient():
+    z = torch.tensor(START_LOGITS, dtype=torch.float64)
+    wanted = torch.zeros(10, dtype=torch.float64)
+    wanted[:3] = START[:3] / START[:3].sum() - Q[:3] / Q[:3].sum()
+    found = Prefix().expected_gradient(ForwardTopK(k=3), z)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-14)
+
+
 def test_an_unbiased_estimator_has_the_gradient_of_the_reverse_kl():
     prefix, z = Prefix(), torch.tensor(START_LOGITS, dtype=torch.float64)
     ratio = (START / Q).log()

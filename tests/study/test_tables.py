@@ -15,7 +15,9 @@ ROWS = [
 
 
 def test_what_is_written_reads_back(tmp_path: Path):
-    assert read_csv(write_csv(ROWS, tmp_path / "new" / "rows.csv")) == ROWS
+    found = read_csv(write_csv(ROWS, tmp_path / "new" / "rows.csv"))
+    assert found == ROWS
+    assert [type(value) for value in found[0].values()] == [str, str, int, float]
 
 
 def test_the_table_is_aligned_and_rounded():
