@@ -70,7 +70,7 @@ VIEWS = {
 def test_no_tensor_and_no_moment_holds_n_times_v_numbers(read: str, differentiable: bool):
     assert N > 50 * CHUNK, "the number of positions is to be much larger than a chunk"
     ledger = measure("hidden", read, differentiable)
-    assert 0 < ledger.largest <= max(CHUNK * V, N * 3, V * D)
+    assert 0 < ledger.largest <= max(CHUNK * V, N * 4, V * D)
     assert ledger.peak < N * V / 2
 
 
@@ -125,10 +125,10 @@ def test_a_low_precision_head_is_not_copied_by_a_read_of_some_rows():
 
 
 def test_the_chunk_follows_from_the_byte_budget_when_not_given():
-    n, v = 3, 3_000_000  # one row of fp32 logits takes 12 MB, so two rows fill the budget
+    n, v = 3, 10_000_000  # one row of fp32 logits takes 40 MB, so two rows fill the budget
     hidden, weight = torch.ones(n, 1), torch.ones(v, 1)
     student = TokenDistribution.from_hidden(hidden, weight)
     seen = []
     student.read(lambda logits: seen.append(len(logits)) or logits[:, 0])
     assert sum(seen) == n
-    assert max(seen) * v * 4 <= 32 * 2**20
+    assert max(seen) == 1, "a block of one row"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opd_lightning.distributions import TokenDistribution
 from opd_lightning.objectives import (
+    EntropyAware,
     ForwardKL,
     HeadTailReverseKL,
     JensenShannon,
@@ -298,3 +299,15 @@ def test_23_gradcheck_of_support_matching():
         return TopKReverseKL(k=4).token_loss(student, teacher, rollout).loss
 
     assert torch.autograd.gradcheck(function, [Z[None].clone().requires_grad_()])
+
+
+def test_an_excluded_token_is_no_matter_where_only_the_forward_kl_counts():
+    t = T.clone()
+    t[3] = -torch.inf  # the reverse KL is infinite
+    q = t.softmax(0)
+    undecided = EntropyAware(threshold=0.1)
+    value, gradient = in_expectation(undecided, t=t)
+    kept = q > 0
+    assert_equal(value, (q[kept] * (q / P).log()[kept]).sum())
+    assert_equal(gradient, P - q)
+    assert in_expectation(EntropyAware(threshold=9.0), t=t)[0] == torch.inf

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opd_lightning.distributions import rows
 from opd_lightning.distributions.head import (
+    ChunkedProducts,
     GatheredProducts,
     Head,
     RowFunction,
@@ -121,6 +122,10 @@ class TokenDistribution(Distribution):
     def dense_rows(self, rows: slice) -> Tensor:
         """Return the logits [C, V] of some positions, without a gradient."""
 
+    def chunk_reader(self) -> Callable[[slice], Tensor]:
+        """Return what gives `dense_rows` chunk by chunk; each may use the last one's memory."""
+        return self.dense_rows
+
     @abstractmethod
     def read(self, row_fn: RowFunction, *others: "TokenDistribution | Tensor") -> Tensor:
         """Return `row_fn(logits, *others)` for every position, evaluated in chunks.
@@ -177,7 +182,7 @@ class TokenDistribution(Distribution):
 
 def _chunk_reader(other: "TokenDistribution | Tensor") -> Callable[[slice], Tensor]:
     if isinstance(other, TokenDistribution):
-        return other.dense_rows
+        return other.chunk_reader()
     return lambda chunk: other[chunk].detach()
 
 
@@ -269,24 +274,44 @@ class _HiddenDistribution(TokenDistribution):
         return self._logsumexp
 
     def dense_rows(self, rows: slice) -> Tensor:
-        hidden, weight, bias = self._inputs
         with torch.no_grad():
-            return self._head.finish(products(hidden[rows], weight, bias))
+            return self._head.finish(products(self._inputs, rows))
+
+    def chunk_reader(self) -> Callable[[slice], Tensor]:
+        chunk_of = ChunkedProducts(self._inputs)
+
+        def read(rows: slice) -> Tensor:
+            with torch.no_grad():
+                return self._head.finish(chunk_of(rows))
+
+        return read
 
     def topk_ids(self, k: int) -> Tensor:
+        return self._topk_logits(k)[0]
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        if self._differentiable:
+            return super().topk(k)
+        ids, logits = self._topk_logits(k)
+        return ids, logits - self.logsumexp()[:, None]
+
+    def _topk_logits(self, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k likeliest ids and their logits, no gradient; the logsumexp comes along."""
         k = min(k, self.vocab_size)
         keep_logsumexp = self._logsumexp is None and not self._differentiable
 
-        def ids_and_logsumexp(logits: Tensor) -> Tensor:
-            ids.append(logits.topk(k).indices)
-            return logits.logsumexp(-1) if keep_logsumexp else logits[:, 0]
+        def topk_and_logsumexp(logits: Tensor) -> Tensor:
+            best = logits.topk(k)
+            ids.append(best.indices)
+            rest = [logits.logsumexp(-1, keepdim=True)] if keep_logsumexp else []
+            return torch.cat([best.values, *rest], dim=-1)
 
         ids: list[Tensor] = []
         with torch.no_grad():
-            logsumexp = row_values(self._inputs, self._head, ids_and_logsumexp, [])
+            values = row_values(self._inputs, self._head, topk_and_logsumexp, [])
         if keep_logsumexp:
-            self._logsumexp = logsumexp
-        return torch.cat(ids)
+            self._logsumexp = values[:, -1]
+        return torch.cat(ids), values[:, :k]
 
     def read(self, row_fn: RowFunction, *others: TokenDistribution | Tensor) -> Tensor:
         readers = [_chunk_reader(other) for other in others]

@@ -15,15 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import embedding_bag
 
-# What one [C, V] tensor of a chunk may occupy; about six of them are alive at once. Smaller chunks
-# make the head's matrix products inefficient, larger ones give no more speed.
-CHUNK_BYTES = 32 * 2**20
+# What one [C, V] tensor of a chunk may occupy; the student's and a teacher's are alive at once, in
+# memory that the next chunk uses again. Smaller chunks make the matrix products slow.
+CHUNK_BYTES = 96 * 2**20
+# What one tensor may occupy of the block of rows that a row function sees at once: about ten are
+# alive, and on a CPU they stay in its cache. On a GPU launches would cost more than that.
+BLOCK_BYTES = {"cpu": 4 * 2**20, "other": 16 * 2**20}
 
 RowFunction = Callable[..., Tensor]
 """(logits [C, V], *others) -> [C], or [C, M] for M values a position; see `rows.py`."""
 Chunk = Callable[[slice], Tensor]
-"""Gives the rows of a slice of something that has N rows."""
+"""Gives the rows of a slice of something that has N rows, until it is asked for the next."""
 Inputs = tuple[Tensor, Tensor, Tensor | None]
 """hidden [N, D], weight [V, D] and bias [V] or None."""
 
@@ -60,6 +64,17 @@ def receiver(tensor: Tensor | None) -> Tensor | None:
         return _Float32Receiver.apply(tensor)
 
 
+def _slices(num_rows: int, size: int) -> Iterator[slice]:
+    for start in range(0, max(1, num_rows), size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def blocks(chunk: Tensor) -> Iterator[slice]:
+    """Yield slices of the rows of a chunk [C, V], small enough for what row functions allocate."""
+    budget = BLOCK_BYTES["cpu" if chunk.device.type == "cpu" else "other"]
+    return _slices(len(chunk), max(1, budget // max(1, chunk.shape[1] * chunk.element_size())))
+
+
 @dataclass(frozen=True)
 class Head:
     """How hidden states become logits: (cap of (hidden @ weight.T + bias) * scale) / temperature.
@@ -87,23 +102,63 @@ class Head:
     def chunks(self, num_rows: int, numbers_per_row: int, itemsize: int) -> Iterator[slice]:
         """Yield slices of `num_rows` rows of `numbers_per_row` numbers; one empty one for none."""
         size = self.chunk_size or max(1, CHUNK_BYTES // max(1, numbers_per_row * itemsize))
-        for start in range(0, max(1, num_rows), size):
-            yield slice(start, min(start + size, num_rows))
+        return _slices(num_rows, size)
 
 
-def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return hidden @ weight.T + bias [C, V] in at least fp32, whatever autocast says.
+def products(inputs: Inputs, rows: slice, out: Tensor | None = None) -> Tensor:
+    """Return hidden[rows] @ weight.T + bias [C, V] in at least fp32, whatever autocast says.
 
     Rounding logits to bf16 flips the sign of about 6 % of the advantages (docs/mathematics.md,
     section 7).
+
+    Args:
+        inputs: The head's.
+        rows: Positions, C of them.
+        out: Memory for the result, [C, V].
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    hidden, weight, bias = inputs
+    hidden = hidden[rows]
+    if out is None:
+        out = _empty_like_products(inputs, len(hidden))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if hidden.dtype in _LOW and hidden.is_cuda:
-            result = torch.mm(hidden, weight.to(hidden.dtype).T, out_dtype=torch.float32)
+            torch.mm(hidden, weight.to(hidden.dtype).T, out_dtype=torch.float32, out=out)
         else:
-            hidden = at_least_fp32(hidden)
-            result = hidden @ weight.to(hidden.dtype).T
-        return result if bias is None else result + bias.to(result.dtype)
+            hidden = hidden.to(out.dtype)
+            for part, wide in _widened(weight, out.dtype):
+                torch.mm(hidden, wide.T, out=out[:, part])
+        return out if bias is None else out.add_(bias)
+
+
+def _empty_like_products(inputs: Inputs, num_rows: int) -> Tensor:
+    hidden, weight, _ = inputs
+    shape = num_rows, len(weight)
+    return torch.empty(shape, dtype=at_least_fp32(hidden[:0]).dtype, device=hidden.device)
+
+
+def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the vocabulary and those rows of the head in `dtype`; one if it has it."""
+    size = len(weight)
+    if weight.dtype != dtype:
+        size = max(1, BLOCK_BYTES["other"] // (weight.shape[1] * dtype.itemsize))
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        yield part, weight[part].to(dtype)
+
+
+class ChunkedProducts:
+    """The products of chunk after chunk, in memory that each of them uses again."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._memory: Tensor | None = None
+
+    def __call__(self, rows: slice) -> Tensor:
+        """Return the products [C, V] of `rows`; the next call overwrites them."""
+        num_rows = rows.stop - rows.start
+        if self._memory is None or len(self._memory) < num_rows:
+            self._memory = _empty_like_products(self._inputs, num_rows)
+        return products(self._inputs, rows, self._memory[:num_rows])
 
 
 class _HeadGradient:
@@ -122,7 +177,8 @@ class _HeadGradient:
         hidden, weight = self._inputs
         with torch.autocast(hidden.device.type, enabled=False):
             if self.hidden is not None:
-                self.hidden[rows] = grad_products @ weight.to(grad_products.dtype)
+                for part, wide in _widened(weight, grad_products.dtype):
+                    self.hidden[rows].addmm_(grad_products[:, part], wide)
             if self.weight is not None:
                 self.weight.addmm_(grad_products.T, hidden[rows].to(grad_products.dtype))
             if self.bias is not None:
@@ -134,15 +190,27 @@ class _HeadGradient:
         return self.hidden, self.weight, self.bias
 
 
-def _chunk_gradient(
+def _to_gradient(
     head: Head, raw: Tensor, row_fn: RowFunction, others: list[Tensor], grad_values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the values [C] of `row_fn` and the gradient [C, V] of their weighted sum."""
-    with torch.enable_grad():
-        raw = raw.detach().requires_grad_()
-        values = row_fn(head.finish(raw), *others)
-        (grad_raw,) = torch.autograd.grad(values, raw, grad_values.to(values.dtype))
-    return values.detach(), grad_raw
+) -> Tensor:
+    """Return the values [C] of `row_fn` and turn `raw` [C, V] into the gradient of their sum.
+
+    Args:
+        head: Makes logits of the products.
+        raw: Products; overwritten.
+        row_fn: What is evaluated, a block of rows at a time.
+        others: The rest of its arguments for these rows.
+        grad_values: [C] or [C, M] factors of the values in that sum.
+    """
+    values = []
+    for block in blocks(raw):
+        with torch.enable_grad():
+            leaf = raw[block].detach().requires_grad_()
+            value = row_fn(head.finish(leaf), *[other[block] for other in others])
+            (grad,) = torch.autograd.grad(value, leaf, grad_values[block].to(value.dtype))
+        values.append(value.detach())
+        raw[block].copy_(grad)
+    return torch.cat(values)
 
 
 class RowValues(torch.autograd.Function):
@@ -164,29 +232,30 @@ class RowValues(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = hidden, weight, bias = ctx.saved_tensors
-        gradient = _HeadGradient(inputs, ctx.needs_input_grad[-3:])
+        inputs = hidden, weight, _ = ctx.saved_tensors
+        gradient, chunk_of = (
+            _HeadGradient(inputs, ctx.needs_input_grad[-3:]),
+            ChunkedProducts(inputs),
+        )
         for rows in ctx.head.chunks(len(hidden), len(weight), grad_values.element_size()):
-            raw = products(hidden[rows], weight, bias)
-            others = [other(rows) for other in ctx.others]
-            _, grad_raw = _chunk_gradient(ctx.head, raw, ctx.row_fn, others, grad_values[rows])
-            gradient.add(rows, grad_raw)
+            raw, others = chunk_of(rows), [other(rows) for other in ctx.others]
+            _to_gradient(ctx.head, raw, ctx.row_fn, others, grad_values[rows])
+            gradient.add(rows, raw)
         return None, None, None, None, *gradient.sums
 
 
 def row_values(inputs: Inputs, head: Head, row_fn: RowFunction, others: list[Chunk]) -> Tensor:
     """Return `row_fn` of every row, [N] or [N, M], without a gradient."""
-    hidden, weight, bias = inputs
-    itemsize = at_least_fp32(hidden[:0]).element_size()
-    # cloned, because values that are a view (logits[:, 0]) would keep every chunk's logits alive
-    return torch.cat(
-        [
-            row_fn(
-                head.finish(products(hidden[rows], weight, bias)), *[o(rows) for o in others]
-            ).clone()
-            for rows in head.chunks(len(hidden), len(weight), itemsize)
-        ]
-    )
+    hidden, weight, _ = inputs
+    itemsize, chunk_of = at_least_fp32(hidden[:0]).element_size(), ChunkedProducts(inputs)
+    values = []
+    for rows in head.chunks(len(hidden), len(weight), itemsize):
+        raw, of_others = chunk_of(rows), [other(rows) for other in others]
+        for block in blocks(raw):
+            value = row_fn(head.finish(raw[block]), *[other[block] for other in of_others])
+            # cloned, because values that are a view (logits[:, 0]) would change with the next chunk
+            values.append(value.clone())
+    return torch.cat(values)
 
 
 class WeightedSum(torch.autograd.Function):
@@ -206,15 +275,17 @@ class WeightedSum(torch.autograd.Function):
         others: list[Chunk],
         *receivers: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        hidden, weight, bias = inputs
-        gradient = _HeadGradient(inputs, ctx.needs_input_grad[-3:])
+        hidden, weight, _ = inputs
+        gradient, chunk_of = (
+            _HeadGradient(inputs, ctx.needs_input_grad[-3:]),
+            ChunkedProducts(inputs),
+        )
         values = at_least_fp32(torch.zeros(len(hidden), device=hidden.device, dtype=hidden.dtype))
         for rows in head.chunks(len(hidden), len(weight), values.element_size()):
-            raw = products(hidden[rows], weight, bias)
-            chunk_others = [other(rows) for other in others]
-            values[rows], grad_raw = _chunk_gradient(head, raw, row_fn, chunk_others, weights[rows])
-            grad_raw.masked_fill_(weights[rows, None] == 0, 0.0)
-            gradient.add(rows, grad_raw)
+            raw, of_others = chunk_of(rows), [other(rows) for other in others]
+            values[rows] = _to_gradient(head, raw, row_fn, of_others, weights[rows])
+            raw[weights[rows] == 0] = 0.0
+            gradient.add(rows, raw)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(values)
         # a row of weight 0 contributes exactly 0, even where its value is infinite
@@ -234,7 +305,11 @@ class WeightedSum(torch.autograd.Function):
 
 
 class GatheredProducts(torch.autograd.Function):
-    """products [N, K] = hidden_n . weight[ids_nk] (+ bias): reads K rows of the head a position."""
+    """products [N, K] = hidden_n . weight[ids_nk] (+ bias): reads K rows of the head a position.
+
+    No [N, K, D] is gathered. With s_n = sum_k g_nk weight[ids_nk], torch's `embedding_bag`, the
+    products are the derivative of s_n . hidden_n by g_nk, and s_n is the gradient of hidden.
+    """
 
     @staticmethod
     def forward(
@@ -244,11 +319,10 @@ class GatheredProducts(torch.autograd.Function):
         ctx.head = head
         hidden, weight, bias = inputs
         out = torch.empty(ids.shape, dtype=at_least_fp32(hidden[:0]).dtype, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in head.chunks(len(ids), ids.shape[1] * weight.shape[1], out.element_size()):
-                gathered = weight[ids[rows]].to(out.dtype)
-                out[rows] = torch.einsum("nkd,nd->nk", gathered, hidden[rows].to(out.dtype))
-            return out if bias is None else out + bias[ids].to(out.dtype)
+        for rows in _gathering_chunks(head, ids, weight, out.dtype):
+            table, places = _rows_of(weight, ids[rows], out.dtype)
+            out[rows] = _dots(table, places, hidden[rows].to(out.dtype))
+        return out if bias is None else out + bias[ids].to(out.dtype)
 
     @staticmethod
     @once_differentiable
@@ -256,15 +330,58 @@ class GatheredProducts(torch.autograd.Function):
         *inputs, ids = ctx.saved_tensors
         hidden, weight, _ = inputs
         gradient = _HeadGradient(inputs, ctx.needs_input_grad[-3:])
-        with torch.autocast(hidden.device.type, enabled=False):
-            numbers = ids.shape[1] * weight.shape[1]
-            for rows in ctx.head.chunks(len(ids), numbers, grad.element_size()):
-                if gradient.hidden is not None:
-                    gathered = weight[ids[rows]].to(grad.dtype)
-                    gradient.hidden[rows] = torch.einsum("nkd,nk->nd", gathered, grad[rows])
-                if gradient.weight is not None:
-                    outer = grad[rows, :, None] * hidden[rows, None, :].to(grad.dtype)
-                    gradient.weight.index_add_(0, ids[rows].reshape(-1), outer.flatten(0, 1))
+        if gradient.hidden is not None:
+            for rows in _gathering_chunks(ctx.head, ids, weight, grad.dtype):
+                table, places = _rows_of(weight, ids[rows], grad.dtype)
+                gradient.hidden[rows] = _sums(table, places, grad[rows])
+        if gradient.weight is not None and ids.numel():
+            _scatter(gradient.weight, ids, grad, hidden.to(grad.dtype))
         if gradient.bias is not None:
             gradient.bias.index_add_(0, ids.reshape(-1), grad.reshape(-1))
         return None, None, None, *gradient.sums
+
+
+def _gathering_chunks(
+    head: Head, ids: Tensor, weight: Tensor, dtype: torch.dtype
+) -> Iterator[slice]:
+    """Yield all rows at once where nothing has to be copied, else chunks of them."""
+    if weight.dtype == dtype and not torch.is_inference_mode_enabled():
+        return _slices(len(ids), max(1, len(ids)))
+    return head.chunks(len(ids), ids.shape[1] * weight.shape[1], dtype.itemsize)
+
+
+def _rows_of(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a table of the head's rows in `dtype` and the places of `ids` in it."""
+    if weight.dtype == dtype:
+        return weight.detach(), ids
+    used, places = ids.unique(return_inverse=True)
+    return weight[used].detach().to(dtype), places
+
+
+def _dots(table: Tensor, places: Tensor, vectors: Tensor) -> Tensor:
+    """Return table[places_nk] . vectors_n, [N, K]."""
+    if torch.is_inference_mode_enabled():  # which knows no derivatives
+        return torch.einsum("nkd,nd->nk", table[places], vectors)
+    with torch.enable_grad():
+        factors = torch.zeros(places.shape, dtype=table.dtype, device=table.device)
+        sums = _sums(table, places, factors.requires_grad_())
+        return torch.autograd.grad(sums, factors, vectors)[0]
+
+
+def _sums(table: Tensor, places: Tensor, factors: Tensor) -> Tensor:
+    """Return sum_k factors_nk table[places_nk], [N, D]."""
+    return embedding_bag(places, table, per_sample_weights=factors, mode="sum")
+
+
+def _scatter(total: Tensor, ids: Tensor, factors: Tensor, vectors: Tensor) -> None:
+    """Add factors_nk vectors_n to total[ids_nk], in an order that does not depend on threads."""
+    ordered, order = ids.reshape(-1).sort(stable=True)
+    used, counts = ordered.unique_consecutive(return_counts=True)
+    sums = embedding_bag(
+        order // ids.shape[1],
+        vectors,
+        offsets=counts.cumsum(0) - counts,
+        per_sample_weights=factors.reshape(-1)[order],
+        mode="sum",
+    )
+    total.index_add_(0, used, sums)
