@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Parallel processes of the tests must not fight for the cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test lint install models clean
+.PHONY: quickstart test lint bench install models clean
 
 quickstart: install models
 	$(BIN)/opd fit --config configs/quickstart.yaml $(ARGS)
@@ -16,11 +16,19 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Small sizes, under 15 minutes on two cores: results in benchmarks/results, tables in docs/performance.md
+bench: .venv/.bench-installed
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/run_all.py $(ARGS)
+
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/.bench-installed: .venv/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
 models: models/student/model.safetensors
