@@ -89,8 +89,53 @@ def test_top_p_1_and_top_k_0_keep_every_token_exactly():
     logits = torch.randn(64, 2000) * 6
     uniform = torch.rand(64, dtype=torch.float64)
     tokens, logprobs = sample(logits, uniform, SamplingConfig())
-    expected = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    assert torch.equal(logprobs, expected)
+    expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 255, 256, 257, 1000, 5 * 256])
+def test_tokens_of_a_whole_vocabulary_are_those_of_one_running_sum(vocab_size: int):
+    """The sampler sums blocks of 256 ids; sizes on and off their borders, sharp and flat rows."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    scale = torch.linspace(0, 8, 400)[:, None]
+    logits = torch.randn(400, vocab_size, generator=generator) * scale
+    uniform = torch.rand(400, dtype=torch.float64, generator=generator)
+    tokens, _ = sample(logits, uniform, SamplingConfig())
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    # a number within fp32 rounding of a border may fall on either side
+    for shift in (-1e-6, 1e-6):
+        near = (cumulative <= (uniform + shift)[:, None]).sum(-1).clamp(max=vocab_size - 1)
+        assert ((tokens - near) * shift <= 0).all()
+    assert len(set(tokens.tolist())) > min(vocab_size, 100) / 2
+
+
+@pytest.mark.parametrize("config", [{}, {"top_p": 0.9}, {"top_k": 40}, {"top_k": 40, "top_p": 0.9}])
+def test_a_rows_draw_does_not_depend_on_the_other_rows(config: dict):
+    """Nuclei of one token and of most of the vocabulary side by side, and ties at the last place.
+
+    Rows whose kept set outgrows the first candidates are drawn again: alone, not all rows.
+    """
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(6, 3000, generator=generator)
+    logits *= torch.tensor([9.0, 0.1, 3.0, 0.0, 1.0, 30.0])[:, None]  # row 3: all tokens tied
+    uniform = torch.rand(6, dtype=torch.float64, generator=generator)
+    together = sample(logits, uniform, SamplingConfig(**config))
+    for row in range(6):
+        alone = sample(logits[row : row + 1], uniform[row : row + 1], SamplingConfig(**config))
+        assert torch.equal(alone[0], together[0][row : row + 1])
+        assert torch.equal(alone[1], together[1][row : row + 1])
+    if "top_k" in config and "top_p" not in config:
+        assert math.isclose(float(together[1][3]), -math.log(3000), abs_tol=1e-5), "ties are kept"
+
+
+@pytest.mark.parametrize("config", [{}, {"top_p": 0.9}, {"top_k": 40}])
+def test_without_logprobs_the_tokens_are_the_same(config: dict):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(50, 2000, generator=generator) * 3
+    uniform = torch.rand(50, dtype=torch.float64, generator=generator)
+    tokens, logprobs = sample(logits, uniform, SamplingConfig(**config), with_logprobs=False)
+    assert logprobs is None
+    assert torch.equal(tokens, sample(logits, uniform, SamplingConfig(**config))[0])
 
 
 def test_top_k_1_is_greedy_with_certainty():

@@ -13,7 +13,10 @@ from torch import Tensor
 from opd_lightning.errors import ConfigError
 
 # A nucleus is looked for among this many of the likeliest tokens first, then among 8 times more.
-_NUCLEUS_CANDIDATES = 256
+# It holds the nucleus 0.9 of a trained model at nearly every token, at half the cost of 256.
+_NUCLEUS_CANDIDATES = 64
+# Ids summed together when the whole vocabulary is drawn from; about the root of usual vocabularies.
+_BLOCK = 256
 
 
 @dataclass
@@ -73,50 +76,103 @@ def uniforms(seed: int, prompt_ids: list[int], number: int, length: int) -> Tens
     return torch.from_numpy(generator.random(length))
 
 
-def sample(logits: Tensor, uniform: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+def sample(
+    logits: Tensor, uniform: Tensor, config: SamplingConfig, with_logprobs: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Draw one token a row by inverting the distribution function, in order of the ids.
 
     Args:
         logits: [R, V] of the next token, before temperature.
         uniform: [R] in [0, 1).
         config: Temperature, top-k (ties at the last place are kept), then top-p of what is left.
+        with_logprobs: False leaves the log-probabilities out.
 
     Returns:
-        The token ids [R] and their log-probabilities in nats [R] under the distribution that they
-        were drawn from (after temperature, top-k and top-p).
+        The token ids [R] and their log-probabilities in nats [R], or None, under the distribution
+        that they were drawn from (after temperature, top-k and top-p).
     """
-    logits = logits.float() / config.temperature
-    ids = None  # column -> token id, where not all are left
-    if 0 < config.top_k < logits.shape[-1]:
-        last = logits.topk(config.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < last, -torch.inf)
-    if config.top_p < 1:
-        logits, ids = _nucleus(logits, config.top_p)
-    logprobs = logits.log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)
-    # the last sum may miss 1 by rounding: draw within what there is
-    threshold = (uniform * cumulative[:, -1])[:, None]
-    column = torch.searchsorted(cumulative, threshold, right=True)
-    column = column.clamp(max=logits.shape[-1] - 1)
-    tokens = column if ids is None else ids.gather(1, column)
-    return tokens[:, 0], logprobs.gather(1, column)[:, 0]
+    logits = logits.float()
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    vocab_size = logits.shape[-1]
+    if 0 < config.top_k < vocab_size:
+        # one more than is kept shows whether the last place is tied
+        tokens, probs = _draw_from_likeliest(logits, uniform, config, config.top_k + 1)
+    elif config.top_p < 1:
+        count = min(_NUCLEUS_CANDIDATES, vocab_size)
+        tokens, probs = _draw_from_likeliest(logits.softmax(-1), uniform, config, count)
+    else:
+        tokens, probs = _draw_from_all(logits.softmax(-1), uniform)
+    return tokens, probs.log() if with_logprobs else None
 
 
-def _nucleus(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return logits [R, C] and ids [R, C] of candidates in order of the ids.
+def _draw_from_all(probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens [R] and their probabilities [R]; `probs` is [R, V].
 
-    Those outside the smallest set of tokens with mass >= `top_p` are -inf.
+    The block of ids is found first and then the id within it: sums of blocks in fp32 are cheap, and
+    running sums, which need float64, are taken over V / 256 + 256 numbers instead of V.
     """
-    probs = logits.softmax(-1)
-    vocab_size = probs.shape[-1]
+    whole = probs.shape[-1] // _BLOCK
+    sums = probs[:, : whole * _BLOCK].unflatten(1, (whole, _BLOCK)).sum(-1)
+    rest = probs[:, whole * _BLOCK :].sum(-1, keepdim=True)
+    cumulative = torch.cat([sums, rest], dim=1).cumsum(-1, dtype=torch.float64)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    block = _invert(cumulative, threshold)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    ids = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
+    inside = probs.gather(1, ids.clamp(max=probs.shape[-1] - 1))
+    inside = inside.masked_fill(ids >= probs.shape[-1], 0.0)
+    cumulative = inside.cumsum(-1, dtype=torch.float64)
+    # both ways to sum a block may differ by rounding: draw within what there is
+    last = cumulative[:, -1:]
+    column = _invert(cumulative, torch.minimum(threshold - before, last.nextafter(-last)))
+    return ids.gather(1, column)[:, 0], inside.gather(1, column)[:, 0]
+
+
+def _draw_from_likeliest(
+    scores: Tensor, uniform: Tensor, config: SamplingConfig, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return tokens [R] and their probabilities [R] after truncation, from `count` candidates.
+
+    Rows whose kept set may hold more tokens than that are drawn again from 8 times more, so that a
+    row's result does not depend on the others.
+
+    Args:
+        scores: [R, V], logits where the config has a top-k, else probabilities.
+        uniform: [R].
+        config: With a top-k below V, or a top-p below 1.
+        count: Candidates, above `top_k` and at most V.
+    """
     # sorting the whole vocabulary would cost more than the model's forward pass on a CPU
-    candidates = min(_NUCLEUS_CANDIDATES, vocab_size)
-    while True:
-        mass, ids = probs.topk(candidates)
-        mass_before = mass.cumsum(-1) - mass
-        if candidates == vocab_size or bool((mass_before[:, -1] >= top_p).all()):
-            break
-        candidates = min(8 * candidates, vocab_size)
+    values, ids = scores.topk(count)
+    if 0 < config.top_k < scores.shape[-1]:
+        kept = values >= values[:, config.top_k - 1 : config.top_k]
+        weights = (values - values[:, :1]).exp() * kept
+        settled = ~kept[:, -1]
+        weights = weights / weights.sum(-1, keepdim=True)
+    else:
+        weights, settled = values, None
+    if config.top_p < 1:
+        mass_before = weights.cumsum(-1, dtype=torch.float64) - weights
+        kept = mass_before < config.top_p
+        settled = ~kept[:, -1] if settled is None else settled
+        weights = weights * kept
     ids, order = ids.sort(-1)
-    inside = (mass_before < top_p).gather(1, order)
-    return logits.gather(1, ids).masked_fill(~inside, -torch.inf), ids
+    weights = weights.gather(1, order)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    column = _invert(cumulative, uniform[:, None] * cumulative[:, -1:])
+    tokens = ids.gather(1, column)[:, 0]
+    probs = (weights.gather(1, column) / cumulative[:, -1:])[:, 0].float()
+    if count < scores.shape[-1] and not bool(settled.all()):
+        again = (~settled).nonzero()[:, 0]
+        more = min(8 * count, scores.shape[-1])
+        tokens[again], probs[again] = _draw_from_likeliest(
+            scores[again], uniform[again], config, more
+        )
+    return tokens, probs
+
+
+def _invert(cumulative: Tensor, threshold: Tensor) -> Tensor:
+    """Return the first column [R, 1] whose running sum [R, C] is above `threshold` [R, 1]."""
+    column = torch.searchsorted(cumulative, threshold, right=True)
+    return column.clamp(max=cumulative.shape[-1] - 1)
