@@ -327,6 +327,7 @@ class OPDModule(L.LightningModule):
         step, total = self.global_step, sum(seconds.values())
         values = values | {
             "completions/tokens": update.size.num_tokens,
+            "perf/padding_fraction": update.padding_fraction,
             "perf/step_seconds": total,
             "perf/tokens_per_second": update.size.num_tokens / total,
             **{f"perf/{name}_seconds": value for name, value in seconds.items()},

@@ -13,19 +13,27 @@ from opd_lightning.errors import ConfigError
 from opd_lightning.records import Rollout
 from opd_lightning.weighting import UpdateSize
 
+# One more micro-batch is worth it where it saves this share of the budget in padding. A forward and
+# backward has fixed costs (the head's gradient is written once more, kernels are launched, sharded
+# weights are gathered); they are worth far fewer tokens than a thirty-second of a usual budget.
+_WORTH_A_PACK = 1 / 32
+
 
 @dataclass
 class Update:
     """One optimiser step.
 
     Attributes:
-        micro_batches: Whole rows each; as many on every rank, empty ones (no completion token, one
-            row of padding) where a rank has fewer.
+        micro_batches: Whole rows each; as many on every rank, empty ones (one prompt token) where
+            a rank has fewer.
         size: Tokens and rows over all micro-batches and ranks: the denominators of the loss.
+        padding_fraction: Share of the positions that the student computes, over all micro-batches
+            and ranks, that hold no token of a row; empty micro-batches are such positions.
     """
 
     micro_batches: list[Rollout]
     size: UpdateSize
+    padding_fraction: float
 
 
 def plan_updates(
@@ -33,6 +41,7 @@ def plan_updates(
     mini_batches: int = 1,
     micro_batch_tokens: int | None = None,
     all_gather: Callable[[Tensor], Tensor] = lambda table: table[None],
+    packed: bool = False,
 ) -> list[Update]:
     """Split a rollout into `mini_batches` updates of equal rows, each into micro-batches.
 
@@ -41,7 +50,9 @@ def plan_updates(
         mini_batches: Optimiser steps on this rollout; divides B.
         micro_batch_tokens: Largest rows x padded length of a micro-batch (a longer row stands
             alone); None: one micro-batch.
-        all_gather: Returns the tables [W, M, 4] of all W ranks for this rank's [M, 4].
+        all_gather: Returns the tables [W, M, 6] of all W ranks for this rank's [M, 6].
+        packed: Whether the student's forward leaves padding out (see `CausalPolicy`): then none is
+            counted.
 
     Raises:
         ConfigError: If `mini_batches` does not divide B.
@@ -57,22 +68,30 @@ def plan_updates(
     ]
     table = torch.tensor([_counts(part) for part in parts], device=rollout.input_ids.device)
     tables = all_gather(table)
-    sums, maxima = tables.sum(0).tolist(), tables.amax(0).tolist()
-    return [
-        Update(
-            micro_batches=part + [_empty(rollout)] * (most - len(part)),
-            size=UpdateSize(num_tokens=num_tokens, num_rows=num_rows, longest=longest),
+    updates = []
+    for part, sums, maxima in zip(
+        parts, tables.sum(0).tolist(), tables.amax(0).tolist(), strict=True
+    ):
+        num_tokens, num_rows, _, micro_batches, real, positions = sums
+        _, _, longest, most, _, _ = maxima
+        computed = (real if packed else positions) + len(tables) * most - micro_batches
+        updates.append(
+            Update(
+                micro_batches=part + [_empty(rollout)] * (most - len(part)),
+                size=UpdateSize(num_tokens=num_tokens, num_rows=num_rows, longest=longest),
+                padding_fraction=1 - real / computed,
+            )
         )
-        for part, (num_tokens, num_rows, _, _), (_, _, longest, most) in zip(
-            parts, sums, maxima, strict=True
-        )
-    ]
+    return updates
 
 
 def micro_batch_rows(
     rollout: Rollout, micro_batch_tokens: int | None, rows: Tensor | None = None
 ) -> list[Tensor]:
-    """Pack rows into micro-batches, longest first, so that little padding is computed.
+    """Pack rows of like length into micro-batches, longest first, so that little is padding.
+
+    Among all ways to cut the rows, sorted by length, into packs within the budget, the one that
+    computes the fewest positions, where each pack counts as 1/32 of the budget on top.
 
     Args:
         rollout: B rows.
@@ -85,15 +104,31 @@ def micro_batch_rows(
     rows = torch.arange(rollout.num_rows) if rows is None else rows
     if micro_batch_tokens is None:
         return [rows]
-    lengths = rollout.attention_mask.sum(1).cpu()
-    rows = rows[lengths[rows].argsort(descending=True, stable=True)]
-    packs: list[list[int]] = []
-    for row in rows.tolist():
-        # a pack's first row is its longest: rows x its length is what the pack costs
-        if not packs or (len(packs[-1]) + 1) * int(lengths[packs[-1][0]]) > micro_batch_tokens:
-            packs.append([])
-        packs[-1].append(row)
-    return [torch.tensor(pack) for pack in packs]
+    lengths = rollout.attention_mask.sum(1).cpu()[rows]
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = _pack_sizes(lengths[order], micro_batch_tokens)
+    return list(rows[order].split(sizes))
+
+
+def _pack_sizes(lengths: Tensor, budget: int) -> list[int]:
+    """Return the number of rows of each pack, for falling `lengths` [B]."""
+    lengths = lengths.double()
+    # cost[e]: of the first e rows, packed at their best; first[e]: where the last of those begins
+    cost = torch.zeros(len(lengths) + 1, dtype=torch.float64)
+    first = [0]
+    for end in range(1, len(lengths) + 1):
+        # a pack's first row is its longest
+        positions = torch.arange(end, 0, -1) * lengths[:end]
+        fits = positions <= budget
+        fits[-1] = True  # a longer row stands alone
+        costs = torch.where(fits, cost[:end] + positions + _WORTH_A_PACK * budget, torch.inf)
+        first.append(int(costs.argmin()))
+        cost[end] = costs[first[-1]]
+    sizes, end = [], len(lengths)
+    while end:
+        sizes.append(end - first[end])
+        end = first[end]
+    return sizes[::-1]
 
 
 def _counts(micro_batches: list[Rollout]) -> list[int]:
@@ -103,10 +138,18 @@ def _counts(micro_batches: list[Rollout]) -> list[int]:
         int((lengths > 0).sum()),
         int(lengths.max()),
         len(micro_batches),
+        sum(int(part.attention_mask.sum()) for part in micro_batches),
+        sum(part.input_ids.numel() for part in micro_batches),
     ]
 
 
 def _empty(rollout: Rollout) -> Rollout:
-    """Return one row without completion tokens: its forward runs, its loss is a sum of nothing."""
+    """Return the first token of one row: its forward runs, its loss is a sum of nothing."""
     row = rollout.select_rows(torch.tensor([0]))
+    first = {
+        name: value[:, :1]
+        for name, value in vars(row).items()
+        if isinstance(value, Tensor) and value.dim() == 2
+    }
+    row = replace(row, **first)
     return replace(row, completion_mask=torch.zeros_like(row.completion_mask))

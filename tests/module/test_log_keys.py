@@ -50,6 +50,7 @@ ALWAYS = {
     "completions/tokens",
     "perf/step_seconds",
     "perf/tokens_per_second",
+    "perf/padding_fraction",
     "perf/rollout_seconds",
     "perf/teacher_seconds",
     "perf/student_seconds",
@@ -169,7 +170,7 @@ def test_the_values_fit_their_units(runs: dict, name: str):
     for line in runs[name]:
         for key, value in line.items():
             assert value == value, f"{key} is NaN at step {line['step']}"
-            if key.endswith(("_frac", "_ratio", "support_mass")):
+            if key.endswith(("_frac", "_fraction", "_ratio", "support_mass")):
                 assert 0 <= value <= 1 + 1e-6, key
             if key.endswith(("_seconds", "entropy", "tokens", "mean_length")):
                 assert value >= 0, key

@@ -101,13 +101,13 @@ def splits(reduction: str, rollout: Rollout) -> list[Split]:
     order = torch.tensor([3, 5, 0, 4, 2, 1])
     return [
         Split(reduction, None, rollout, 1),
-        Split(reduction, 33, rollout, 2),
-        Split(reduction, 12, rollout, 4),
+        Split(reduction, 33, rollout, 3),
+        Split(reduction, 12, rollout, 5),
         Split(reduction, 1, rollout, 6),
         Split(reduction, None, padded(rollout, 7), 1),
-        Split(reduction, 12, padded(rollout, 7), 4),
+        Split(reduction, 12, padded(rollout, 7), 5),
         Split(reduction, None, rollout.select_rows(order), 1),
-        Split(reduction, 12, rollout.select_rows(order), 4),
+        Split(reduction, 12, rollout.select_rows(order), 5),
     ]
 
 
