@@ -361,7 +361,7 @@ def _head_and_tail(
     log_ratio = _log_ratio(log_p, support.teacher_logprobs)
     if detach_log_ratio:
         log_ratio = log_ratio.detach()
-    head = (log_p.exp() * log_ratio).masked_fill(~support.valid, 0.0).sum(-1)
+    head = (log_p.exp() * log_ratio.masked_fill(~support.valid, 0.0)).sum(-1)
     outside = ~((support.ids == rollout.token_ids[:, None]) & support.valid).any(-1)
     student_logprobs = student.logprobs(rollout.token_ids)
     log_ratio_tail = (student_logprobs - teacher.logprobs(rollout.token_ids)).detach()
