@@ -19,10 +19,10 @@ from torch.nn.functional import embedding_bag
 
 # What one [C, V] tensor of a chunk may occupy; the student's and a teacher's are alive at once, in
 # memory that the next chunk uses again. Smaller chunks make the matrix products slow.
-CHUNK_BYTES = 96 * 2**20
+CHUNK_BYTES = 64 * 2**20
 # What one tensor may occupy of the block of rows that a row function sees at once: about ten are
 # alive, and on a CPU they stay in its cache. On a GPU launches would cost more than that.
-BLOCK_BYTES = {"cpu": 4 * 2**20, "other": 16 * 2**20}
+BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 16 * 2**20}
 
 RowFunction = Callable[..., Tensor]
 """(logits [C, V], *others) -> [C], or [C, M] for M values a position; see `rows.py`."""
