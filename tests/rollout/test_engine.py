@@ -1,5 +1,6 @@
 """TransformersEngine: what it draws, for whom, and what it leaves behind."""
 
+import weakref
 from itertools import product
 
 import pytest
@@ -50,7 +51,8 @@ class BatchSizes:
 
     def __enter__(self) -> list[tuple[int, int]]:
         def record(module, args, kwargs):  # noqa: ANN001
-            self.calls.append(tuple(kwargs["input_ids"].shape))
+            ids = args[0] if args else kwargs["input_ids"]
+            self.calls.append(tuple(ids.shape))
 
         self._handle = self._decoder.register_forward_pre_hook(record, with_kwargs=True)
         return self.calls
@@ -362,18 +364,88 @@ def test_a_head_with_an_unnamed_step_is_drawn_from_as_it_is():
 
 @pytest.mark.parametrize("max_rows", [None, 4])
 def test_finished_rows_leave_the_batch(max_rows: int | None):
+    """Each token is computed once: the prompts, whatever their siblings, then one token a row."""
     policy = policy_of("llama", MANY_ENDS)
     with BatchSizes(policy) as calls:
         rollout = generate(policy, max_rows=max_rows, num_generations=3)
     lengths = rollout.completion_lengths
     assert len(set(lengths.tolist())) > 3, "the premise: rows end at different steps"
-    if max_rows is None:
-        expected = [int((lengths > step).sum()) for step in range(int(lengths.max()))]
-        assert [rows for rows, _ in calls] == expected
-    # each token was computed once: the prompts, then one token a row
-    assert sum(rows for rows, _ in calls) == int(lengths.sum())
-    assert all(tokens == 1 for rows, tokens in calls if tokens != calls[0][1]) or max_rows
-    assert max(rows for rows, _ in calls) == (max_rows or 15)
+    in_order = lengths.view(5, 3)[[1, 4, 2, 3, 0]].flatten()  # by the prompts' lengths
+    chunks = in_order.split(max_rows or 15)
+    # four rows are three siblings and one of the next prompt; the last three share a prompt
+    prompts = [5] if max_rows is None else [2, 2, 2, 1]
+    expected = []
+    for chunk, read in zip(chunks, prompts, strict=True):
+        expected += [read, *(int((chunk > step).sum()) for step in range(1, int(chunk.max())))]
+    assert [rows for rows, _ in calls] == expected
+
+
+def test_siblings_share_the_reading_of_their_prompt():
+    """Against rows decoded one at a time, each with a reading of its own."""
+    for name in ("llama", "gemma3", "gpt2"):
+        policy = policy_of(name, MANY_ENDS)
+        with BatchSizes(policy) as shared_calls:
+            shared = generate(policy, num_generations=4)
+        with BatchSizes(policy) as separate_calls:
+            separate = generate(policy, num_generations=4, max_rows=1)
+        assert completions(shared) == completions(separate)
+        assert torch.equal(shared.truncated, separate.truncated)
+        torch.testing.assert_close(
+            shared.sampling_logprobs, separate.sampling_logprobs, atol=1e-4, rtol=0
+        )
+        assert shared_calls[0] == (5, 9), "five prompts, though there are twenty rows"
+        read = [tokens for rows, tokens in separate_calls if tokens > 1]
+        assert len(read) == 16, "one reading a row, but for the prompt of one token"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_prompts_of_like_length_are_read_together_and_come_back_in_order(name: str):
+    """Groups with at most 64 tokens of padding; sliding layers are joined from short and long."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [50, 3, 48, 2, 90, 1, 49]
+    prompts = [torch.randint(2, 300, (n,), generator=generator).tolist() for n in lengths]
+    policy = policy_of(name, MANY_ENDS)
+    with BatchSizes(policy) as calls:
+        rollout = generate(policy, prompts, num_generations=2)
+    assert calls[:3] == [(3, 3), (3, 50), (1, 90)]
+    assert all(tokens == 1 for _, tokens in calls[3:])
+    found = completions(rollout)
+    for i, prompt in enumerate(prompts):
+        assert (
+            completions(generate(policy, [prompt], num_generations=2)) == found[2 * i : 2 * i + 2]
+        )
+        assert rollout.input_ids[2 * i, : len(prompt)].tolist() == prompt
+    check_sampling_logprobs(policy, rollout, SamplingConfig())
+
+
+def test_log_probabilities_may_be_left_out():
+    policy = policy_of("llama", MANY_ENDS)
+    batch = PromptBatch.from_token_ids(PROMPTS)
+    sampling = SamplingConfig(max_completion_length=16, num_generations=2)
+    rollout = TransformersEngine(logprobs=False).generate(policy, batch, sampling, seed=0)
+    assert rollout.sampling_logprobs is None
+    assert rollout.flat_sampling_logprobs is None
+    expected = generate(policy, num_generations=2)
+    assert completions(rollout) == completions(expected)
+    assert torch.equal(rollout.truncated, expected.truncated)
+
+
+def test_no_scores_outlive_the_step_that_drew_from_them():
+    """Weak references to the head's outputs: at each call all but the last one's are gone."""
+    policy = policy_of("llama", [])
+    head, alive, steps = policy.model.get_output_embeddings(), [], 0
+
+    def watch(module, args, output):  # noqa: ANN001
+        nonlocal steps
+        steps += 1
+        alive[:] = [ref for ref in alive if ref() is not None]
+        assert len(alive) <= 1, f"{len(alive)} tensors of scores live at call {steps}"
+        assert output.shape[:2] == (5 if steps == 1 else 15, 1), "the last position alone"
+        alive.append(weakref.ref(output.untyped_storage()))
+
+    with head.register_forward_hook(watch):
+        generate(policy, num_generations=3)
+    assert steps == 16
 
 
 def test_prompts_of_like_length_are_decoded_together():

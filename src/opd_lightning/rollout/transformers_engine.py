@@ -1,10 +1,11 @@
 """The embedded engine: transformers' models and key-value cache, one token of all rows at a time.
 
-R rows still running, V vocabulary.
+P prompts, R rows still running, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,30 +14,40 @@ from transformers import DynamicCache, StopStringCriteria
 from opd_lightning.errors import ConfigError
 from opd_lightning.policy import CausalPolicy
 from opd_lightning.records import PromptBatch, Rollout
+from opd_lightning.rollout.cache import can_join, join_caches
 from opd_lightning.rollout.engine import RolloutEngine
 from opd_lightning.rollout.sampling import SamplingConfig, sample, uniforms
+
+# A further forward call reads the weights again, which costs as much as this many prompt tokens
+# (40 M parameters on a CPU: 25 ms a call, 0.7 ms a token): padding above it is not computed.
+_PADDING_TOKENS = 64
+# Tokens of one forward call over prompts, padding included: bounds its activations.
+_PREFILL_TOKENS = 16_384
 
 
 class TransformersEngine(RolloutEngine):
     """Decodes with the student's own weights in the training process.
 
-    Rows leave the batch when they end (an end token of the generation config, a stop string, the
-    limit), so that a few long completions do not drag the finished ones along. An end token belongs
-    to its completion. No scores are kept beyond the step that drew from them.
+    Each prompt is read once, together with others of like length, and its cache rows are copied for
+    the siblings. Rows leave the batch when they end (an end token of the generation config, a stop
+    string, the limit), so that a few long completions do not drag the finished ones along. An end
+    token belongs to its completion. No scores are kept beyond the step that drew from them.
 
     Args:
         max_rows: Rows decoded at once; default all of them.
+        logprobs: Return the sampling log-probabilities.
 
     Raises:
         ConfigError: If `max_rows` < 1.
     """
 
-    def __init__(self, max_rows: int | None = None) -> None:
+    def __init__(self, max_rows: int | None = None, logprobs: bool = True) -> None:
         if max_rows is not None and max_rows < 1:
             raise ConfigError(
                 f"max_rows must be at least 1 or left out (all rows); got {max_rows}."
             )
         self.max_rows = max_rows
+        self.logprobs = logprobs
 
     @torch.no_grad()
     def generate(
@@ -45,21 +56,15 @@ class TransformersEngine(RolloutEngine):
         """Return the completions with their sampling log-probabilities; see `RolloutEngine`."""
         prompt_ids = prompts.unpadded()
         rows = [(p, g) for p in range(len(prompt_ids)) for g in range(sampling.num_generations)]
-        drawn = [_Completion() for _ in rows]
-        # prompts of like length together: less padding on the left
+        drawn: list[_Completion | None] = [None] * len(rows)
+        # prompts of like length together: less padding on the left; siblings stay neighbours
         order = sorted(range(len(rows)), key=lambda i: len(prompt_ids[rows[i][0]]))
         batch = self.max_rows or max(1, len(rows))
         with _generating(policy):
             for start in range(0, len(rows), batch):
                 part = order[start : start + batch]
-                numbers = torch.stack(
-                    [
-                        uniforms(seed, prompt_ids[p], g, sampling.max_completion_length)
-                        for p, g in (rows[i] for i in part)
-                    ]
-                )
-                completions = _decode(
-                    policy, [prompt_ids[rows[i][0]] for i in part], sampling, numbers
+                completions = self._decode(
+                    policy, prompt_ids, [rows[i] for i in part], sampling, seed
                 )
                 for i, completion in zip(part, completions, strict=True):
                     drawn[i] = completion
@@ -67,17 +72,82 @@ class TransformersEngine(RolloutEngine):
             prompts,
             [c.token_ids for c in drawn],
             truncated=[c.truncated for c in drawn],
-            sampling_logprobs=[c.logprobs for c in drawn],
+            sampling_logprobs=[c.logprobs for c in drawn] if self.logprobs else None,
         )
 
+    def _decode(
+        self,
+        policy: CausalPolicy,
+        prompt_ids: list[list[int]],
+        rows: list[tuple[int, int]],
+        sampling: SamplingConfig,
+        seed: int,
+    ) -> list["_Completion"]:
+        """Draw one completion for each pair (prompt, number of the completion) of `rows`."""
+        device, limit = policy.device, sampling.max_completion_length
+        numbers = torch.stack([uniforms(seed, prompt_ids[p], g, limit) for p, g in rows]).to(device)
+        ends = _end_check(policy, sampling)
+        tokens_of = torch.zeros(len(rows), limit, dtype=torch.long, device=device)
+        logprobs_of = torch.zeros(len(rows), limit, device=device) if self.logprobs else None
+        lengths, ended_itself = [limit] * len(rows), [False] * len(rows)
 
+        logits, cache, mask = _read_prompts(policy, prompt_ids, [p for p, _ in rows])
+        positions = mask.sum(1, keepdim=True)
+        slots = list(range(len(rows)))  # the row that each row of the cache belongs to
+        running = torch.arange(len(rows), device=device)
+        for step in range(limit):
+            tokens, logprobs = sample(logits, numbers[running, step], sampling, self.logprobs)
+            tokens_of[running, step] = tokens
+            if logprobs_of is not None:
+                logprobs_of[running, step] = logprobs
+            completed = tokens_of[running, : step + 1] if sampling.stop else tokens[:, None]
+            ended = ends(completed, tokens).tolist()
+            for row, end in zip(slots, ended, strict=True):
+                if end:
+                    lengths[row], ended_itself[row] = step + 1, True
+            if all(ended) or step + 1 == limit:
+                break
+            if any(ended):
+                keep = _close_ranks(ended)
+                slots = [slots[i] for i in keep]
+                kept = torch.tensor(keep, device=device)
+                cache.batch_select_indices(kept)
+                running, tokens = running[kept], tokens[kept]
+                mask, positions = mask[kept], positions[kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = _forward(policy, tokens[:, None], mask, positions, cache)
+            positions = positions + 1
+        return _completions(tokens_of, logprobs_of, lengths, ended_itself)
+
+
+@dataclass
 class _Completion:
-    """What was drawn for one row so far."""
+    token_ids: list[int]
+    logprobs: list[float] | None
+    truncated: bool
 
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.truncated = True
+
+def _completions(
+    tokens: Tensor, logprobs: Tensor | None, lengths: list[int], ended: list[bool]
+) -> list[_Completion]:
+    width = max(lengths, default=0)
+    ids = tokens[:, :width].tolist()
+    values = [None] * len(ids) if logprobs is None else logprobs[:, :width].tolist()
+    return [
+        _Completion(i[:n], None if v is None else v[:n], truncated=not end)
+        for i, v, n, end in zip(ids, values, lengths, ended, strict=True)
+    ]
+
+
+def _close_ranks(ended: list[bool]) -> list[int]:
+    """Return the places that stay, those from the back put where others fall out.
+
+    So a row of the cache is copied only for each that ended, not for each that stays:
+    `[F, T, F, T, F, F]` gives `[0, 5, 2, 4]`.
+    """
+    size = len(ended) - sum(ended)
+    spare = [i for i in range(size, len(ended)) if not ended[i]]
+    return [spare.pop() if ended[i] else i for i in range(size)]
 
 
 @contextmanager
@@ -98,62 +168,72 @@ def _generating(policy: CausalPolicy) -> Iterator[None]:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _decode(
-    policy: CausalPolicy,
-    prompt_ids: list[list[int]],
-    sampling: SamplingConfig,
-    numbers: Tensor,
-) -> list[_Completion]:
-    """Draw one completion for each prompt; `numbers` [R, max_completion_length] decide them."""
-    device = policy.device
-    completions = [_Completion() for _ in prompt_ids]
-    ends = _end_check(policy, sampling)
-    ids, mask = _pad_left(prompt_ids, device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=policy.model.config)
-    running = torch.arange(len(prompt_ids))
-    completed = ids[:, :0]
-    numbers = numbers.to(device)
-    for step in range(sampling.max_completion_length):
-        logits = policy.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1, : policy.vocab_size]
-        tokens, logprobs = sample(logits, numbers[running.to(device), step], sampling)
-        completed = torch.cat([completed, tokens[:, None]], dim=1)
-        ended = ends(completed, tokens)
-        _record(completions, running.tolist(), tokens, logprobs, ended)
-        if bool(ended.all()):
-            break
-        if bool(ended.any()):
-            keep = (~ended).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            running = running[keep.cpu()]
-            tokens, mask, positions = tokens[keep], mask[keep], positions[keep]
-            completed = completed[keep]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return completions
+def _forward(
+    policy: CausalPolicy, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+) -> Tensor:
+    """Return the logits [rows, V] after the last column of `ids`; the head sees that column only.
+
+    Args:
+        policy: The student.
+        ids: [rows, new tokens].
+        mask: [rows, columns in the cache + new tokens].
+        positions: [rows, new tokens].
+        cache: Grows by the new tokens.
+    """
+    return policy.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1, : policy.vocab_size]
 
 
-def _record(
-    completions: list[_Completion],
-    rows: list[int],
-    tokens: Tensor,
-    logprobs: Tensor,
-    ended: Tensor,
-) -> None:
-    for row, token, logprob, end in zip(
-        rows, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True
-    ):
-        completions[row].token_ids.append(token)
-        completions[row].logprobs.append(logprob)
-        completions[row].truncated = not end
+def _read_prompts(
+    policy: CausalPolicy, prompt_ids: list[list[int]], prompts: list[int]
+) -> tuple[Tensor, DynamicCache, Tensor]:
+    """Read each prompt once; return logits [R, V], cache and attention mask [R, T] of the rows.
+
+    Args:
+        policy: The student.
+        prompt_ids: Token lists.
+        prompts: R numbers of prompts, those of siblings next to one another, shortest first.
+    """
+    device, config = policy.device, policy.model.config
+    distinct = list(dict.fromkeys(prompts))
+    groups = _groups([len(prompt_ids[p]) for p in distinct])
+    if not can_join(DynamicCache(config=config)):
+        groups = [len(distinct)]
+    width = len(prompt_ids[distinct[-1]])
+    all_logits, parts, masks, start = [], [], [], 0
+    for size in groups:
+        group = distinct[start : start + size]
+        ids, mask = _pad_left([prompt_ids[p] for p in group], device)
+        cache = DynamicCache(config=config)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = _forward(policy, ids, mask, positions, cache)
+        siblings = torch.tensor([prompts.count(p) for p in group], device=device)
+        rows = torch.arange(size, device=device).repeat_interleave(siblings)
+        all_logits.append(logits[rows])
+        parts.append((cache, rows))
+        masks.append(torch.nn.functional.pad(mask, (width - mask.shape[1], 0))[rows])
+        start += size
+    return torch.cat(all_logits), join_caches(config, width, parts), torch.cat(masks)
+
+
+def _groups(lengths: list[int]) -> list[int]:
+    """Cut rising prompt lengths into groups read together; return the groups' sizes."""
+    sizes, padding = [], 0
+    for i, length in enumerate(lengths):
+        if sizes:
+            padding += sizes[-1] * (length - lengths[i - 1])
+            if padding <= _PADDING_TOKENS and (sizes[-1] + 1) * length <= _PREFILL_TOKENS:
+                sizes[-1] += 1
+                continue
+        sizes.append(1)
+        padding = 0
+    return sizes
 
 
 def _pad_left(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -167,6 +247,8 @@ def _end_check(
     policy: CausalPolicy, sampling: SamplingConfig
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return f(completions [R, L], newest tokens [R]) -> [R] bool, whether each has ended.
+
+    The completions are read only where there are stop strings.
 
     Raises:
         ConfigError: If stop strings are set and the policy has no tokenizer.
