@@ -23,6 +23,7 @@ from opd_lightning.distributions.head import (
     products,
     receiver,
     row_values,
+    weighted,
 )
 
 Provides = Literal["sampled", "topk", "full"]
@@ -144,9 +145,10 @@ class TokenDistribution(Distribution):
     def weighted_sum(
         self, row_fn: RowFunction, weights: Tensor, *others: "TokenDistribution | Tensor"
     ) -> tuple[Tensor, Tensor]:
-        """Return (sum_n weights_n * values_n, values [N] detached), values as in `read`.
+        """Return (sum_n weights_n * values_n, values detached), values as in `read`.
 
-        Rows of weight 0 contribute exactly 0. The sum can be differentiated once.
+        Of values [N, M] the first column is summed; the others come along. Rows of weight 0
+        contribute exactly 0. The sum can be differentiated once.
         """
 
     def logprobs(self, ids: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ class _DenseDistribution(TokenDistribution):
         # `where` keeps the gradient of an infinite value from a row that does not count
         logits = torch.where(counts[:, None], self._logits, self._logits.detach())
         values = _DenseDistribution(logits).read(row_fn, *others)
-        return torch.where(counts, weights * values, 0.0).sum(), values.detach()
+        return weighted(weights, values), values.detach()
 
     def finite_where_ignored(self, ignored: Tensor) -> "_DenseDistribution":
         return _DenseDistribution(_finite_rows(self._logits, ignored))
@@ -325,7 +327,7 @@ class _HiddenDistribution(TokenDistribution):
     ) -> tuple[Tensor, Tensor]:
         if not self._differentiable:
             values = self.read(row_fn, *others)
-            return torch.where(weights != 0, weights * values, 0.0).sum(), values
+            return weighted(weights, values), values
         readers = [_chunk_reader(other) for other in others]
         return WeightedSum.apply(
             self._inputs, weights, self._head, row_fn, readers, *self._receivers

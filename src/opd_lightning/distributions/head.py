@@ -19,7 +19,7 @@ from torch.nn.functional import embedding_bag
 
 # What one [C, V] tensor of a chunk may occupy; the student's and a teacher's are alive at once, in
 # memory that the next chunk uses again. Smaller chunks make the matrix products slow.
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 80 * 2**20
 # What one tensor may occupy of the block of rows that a row function sees at once: about ten are
 # alive, and on a CPU they stay in its cache. On a GPU launches would cost more than that.
 BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 16 * 2**20}
@@ -200,15 +200,20 @@ def _to_gradient(
         raw: Products; overwritten.
         row_fn: What is evaluated, a block of rows at a time.
         others: The rest of its arguments for these rows.
-        grad_values: [C] or [C, M] factors of the values in that sum.
+        grad_values: [C] or [C, M] factors of the values in that sum; of values [C, M] and factors
+            [C] only the first column is summed.
     """
     values = []
     for block in blocks(raw):
         with torch.enable_grad():
             leaf = raw[block].detach().requires_grad_()
             value = row_fn(head.finish(leaf), *[other[block] for other in others])
-            (grad,) = torch.autograd.grad(value, leaf, grad_values[block].to(value.dtype))
-        values.append(value.detach())
+            upstream, rest = grad_values[block].to(value.dtype), None
+            if upstream.dim() < value.dim():
+                value, rest = value[:, 0], value[:, 1:].detach()
+            (grad,) = torch.autograd.grad(value, leaf, upstream)
+        value = value.detach()
+        values.append(value if rest is None else torch.cat([value[:, None], rest], dim=1))
         raw[block].copy_(grad)
     return torch.cat(values)
 
@@ -258,8 +263,17 @@ def row_values(inputs: Inputs, head: Head, row_fn: RowFunction, others: list[Chu
     return torch.cat(values)
 
 
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """Return the sum of weights [N] times values [N], or the first column of values [N, M].
+
+    A row of weight 0 contributes exactly 0, even where its value is infinite.
+    """
+    summed = values if values.dim() == 1 else values[:, 0]
+    return torch.where(weights != 0, weights * summed, 0.0).sum()
+
+
 class WeightedSum(torch.autograd.Function):
-    """(sum_n w_n values_n, values [N]); the gradient is computed in the forward pass.
+    """(sum_n w_n values_n, all values); the gradient is computed in the forward pass.
 
     Each product with the head runs once: chunk by chunk, logits, values and their gradient. Only
     the sum carries a gradient, and it can be differentiated once.
@@ -280,16 +294,17 @@ class WeightedSum(torch.autograd.Function):
             _HeadGradient(inputs, ctx.needs_input_grad[-3:]),
             ChunkedProducts(inputs),
         )
-        values = at_least_fp32(torch.zeros(len(hidden), device=hidden.device, dtype=hidden.dtype))
-        for rows in head.chunks(len(hidden), len(weight), values.element_size()):
+        values = []
+        itemsize = at_least_fp32(hidden[:0]).element_size()
+        for rows in head.chunks(len(hidden), len(weight), itemsize):
             raw, of_others = chunk_of(rows), [other(rows) for other in others]
-            values[rows] = _to_gradient(head, raw, row_fn, of_others, weights[rows])
+            values.append(_to_gradient(head, raw, row_fn, of_others, weights[rows]))
             raw[weights[rows] == 0] = 0.0
             gradient.add(rows, raw)
         ctx.gradient = gradient
+        values = torch.cat(values)
         ctx.mark_non_differentiable(values)
-        # a row of weight 0 contributes exactly 0, even where its value is infinite
-        return torch.where(weights != 0, weights * values, 0.0).sum(), values
+        return weighted(weights, values), values
 
     @staticmethod
     @once_differentiable

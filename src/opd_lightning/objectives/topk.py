@@ -14,6 +14,7 @@ from opd_lightning.errors import ConfigError
 from opd_lightning.objectives.base import (
     Need,
     Objective,
+    ObjectiveOutput,
     TokenLoss,
     check_at_least,
     check_choice,
@@ -37,6 +38,11 @@ class _SupportSet:
     ids: Tensor
     teacher_logprobs: Tensor
     valid: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The three tensors."""
+        return self.ids, self.teacher_logprobs, self.valid
 
     def joined(self, ids: Tensor, teacher: Distribution) -> "_SupportSet":
         """Return the set with further `ids` [N, M]; those that it holds are not valid twice."""
@@ -201,23 +207,92 @@ class TopKReverseKL(Objective):
     ) -> TokenLoss:
         """Return the loss of each position, [N] nats."""
         support = self._support(student, teacher, rollout)
-        metrics = {"teacher/support_mass": _mass(support.teacher_logprobs, support.valid)}
-        if self.support not in ("teacher", "student"):
-            sizes = support.valid.sum(-1)
-            metrics["teacher/support_size"] = sizes.to(support.teacher_logprobs.dtype)
+        metrics = self._metrics(support)
         if self.tail == "drop" and self.renormalize:
             logits = student.logits_at(support.ids).masked_fill(~support.valid, -torch.inf)
             teacher_logprobs = support.teacher_logprobs.masked_fill(~support.valid, -torch.inf)
             log_p, log_q = logits.log_softmax(-1), teacher_logprobs.log_softmax(-1)
             return TokenLoss(_head(log_p, log_q, support.valid), metrics)
+        sampled = self._sampled(teacher, rollout)
         log_p = student.logprobs(support.ids)
+        log_p_sampled = student.logprobs(rollout.token_ids) if sampled else None
+        loss = self._with_tail(log_p, log_p_sampled, *support.columns, *sampled)
         metrics["student/support_mass"] = _mass(log_p.detach(), support.valid)
-        if self.tail == "drop":
-            return TokenLoss(_head(log_p, support.teacher_logprobs, support.valid), metrics)
-        if self.tail == "bucket":
-            return TokenLoss(_bucketed(log_p, support), metrics)
-        loss = _head_and_tail(student, teacher, rollout, log_p, support, self.detach_log_ratio)
         return TokenLoss(loss, metrics)
+
+    def weighted_loss(
+        self,
+        student: TokenDistribution,
+        teacher: Distribution,
+        rollout: Rollout,
+        weights: Tensor,
+    ) -> ObjectiveOutput:
+        """Return the weighted sum; with a tail in one pass over the student's vocabulary."""
+        if self.tail == "drop" and self.renormalize:
+            return super().weighted_loss(student, teacher, rollout, weights)
+        support = self._support(student, teacher, rollout)
+        sampled = self._sampled(teacher, rollout)
+
+        def loss_and_mass(logits: Tensor, *others: Tensor) -> Tensor:
+            logsumexp = logits.logsumexp(-1, keepdim=True)
+            log_p = logits.gather(1, others[0]) - logsumexp
+            token_ids = others[3][:, None] if sampled else None
+            log_p_sampled = (logits.gather(1, token_ids) - logsumexp)[:, 0] if sampled else None
+            loss = self._with_tail(log_p, log_p_sampled, *others)
+            return torch.stack([loss, _mass(log_p.detach(), others[2])], dim=-1)
+
+        others = [*support.columns, *sampled]
+        loss, values = student.weighted_sum(loss_and_mass, weights, *others)
+        metrics = self._metrics(support) | {"student/support_mass": values[:, 1]}
+        return ObjectiveOutput(loss, values[:, 0], metrics)
+
+    def _metrics(self, support: _SupportSet) -> dict[str, Tensor]:
+        metrics = {"teacher/support_mass": _mass(support.teacher_logprobs, support.valid)}
+        if self.support not in ("teacher", "student"):
+            sizes = support.valid.sum(-1)
+            metrics["teacher/support_size"] = sizes.to(support.teacher_logprobs.dtype)
+        return metrics
+
+    def _sampled(self, teacher: Distribution, rollout: Rollout) -> list[Tensor]:
+        """Return the sampled ids [N] and the teacher's log-probabilities of them, if needed."""
+        if self.tail != "sampled":
+            return []
+        return [rollout.token_ids, teacher.logprobs(rollout.token_ids).detach()]
+
+    def _with_tail(
+        self,
+        log_p: Tensor,
+        log_p_sampled: Tensor | None,
+        ids: Tensor,
+        log_q: Tensor,
+        valid: Tensor,
+        token_ids: Tensor | None = None,
+        log_q_sampled: Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss [N] that is not renormalised.
+
+        Args:
+            log_p: [N, K] of the student on the support.
+            log_p_sampled: [N] of the student, for tail="sampled".
+            ids: [N, K] the support.
+            log_q: [N, K] of the teacher on it.
+            valid: [N, K] which slots count.
+            token_ids: [N] sampled tokens, for tail="sampled".
+            log_q_sampled: [N] of the teacher.
+        """
+        if self.tail == "drop":
+            return _head(log_p, log_q, valid)
+        if self.tail == "bucket":
+            return _bucketed(log_p, log_q, valid)
+        log_ratio = _log_ratio(log_p, log_q)
+        if self.detach_log_ratio:
+            log_ratio = log_ratio.detach()
+        head = (log_p.exp() * log_ratio.masked_fill(~valid, 0.0)).sum(-1)
+        outside = ~((ids == token_ids[:, None]) & valid).any(-1)
+        # pi / sg pi: 1 in value, grad log pi in gradient
+        score = (log_p_sampled - log_p_sampled.detach()).exp()
+        cost = (log_p_sampled.detach() - log_q_sampled).masked_fill(~outside, 0.0)
+        return head + torch.where(outside, score * cost, 0.0)
 
     def _support(
         self, student: TokenDistribution, teacher: Distribution, rollout: Rollout
@@ -311,8 +386,7 @@ def bucketed_reverse_kl(student: TokenDistribution, teacher: Distribution, k: in
     """Return the reverse KL of the teacher's top `k` and one bucket for the rest, [N] nats."""
     ids, teacher_logprobs = teacher.topk(k)
     valid = torch.ones_like(ids, dtype=torch.bool)
-    support = _SupportSet(ids, teacher_logprobs.detach(), valid)
-    return _bucketed(student.logprobs(ids), support)
+    return _bucketed(student.logprobs(ids), teacher_logprobs.detach(), valid)
 
 
 def _mass(logprobs: Tensor, valid: Tensor) -> Tensor:
@@ -332,11 +406,11 @@ def _log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
     return rows.floored(log_p) - torch.where(possible, log_q, 0.0)
 
 
-def _bucketed(log_p: Tensor, support: _SupportSet) -> Tensor:
+def _bucketed(log_p: Tensor, log_q: Tensor, valid: Tensor) -> Tensor:
     """Return the reverse KL of the K outcomes on S and the one that holds the rest, [N]."""
-    rest_p = _log_rest(log_p.masked_fill(~support.valid, -torch.inf))
-    rest_q = _log_rest(support.teacher_logprobs.masked_fill(~support.valid, -torch.inf))
-    return _head(log_p, support.teacher_logprobs, support.valid) + rest_p.exp() * (rest_p - rest_q)
+    rest_p = _log_rest(log_p.masked_fill(~valid, -torch.inf))
+    rest_q = _log_rest(log_q.masked_fill(~valid, -torch.inf))
+    return _head(log_p, log_q, valid) + rest_p.exp() * (rest_p - rest_q)
 
 
 def _log_rest(logprobs: Tensor) -> Tensor:
@@ -347,24 +421,3 @@ def _log_rest(logprobs: Tensor) -> Tensor:
     floor = torch.finfo(logprobs.dtype).eps
     rest = -torch.expm1(logprobs.logsumexp(-1).clamp(max=-floor))
     return rest.log()
-
-
-def _head_and_tail(
-    student: TokenDistribution,
-    teacher: Distribution,
-    rollout: Rollout,
-    log_p: Tensor,
-    support: _SupportSet,
-    detach_log_ratio: bool,
-) -> Tensor:
-    """Return the head plus the sampled tail, [N]."""
-    log_ratio = _log_ratio(log_p, support.teacher_logprobs)
-    if detach_log_ratio:
-        log_ratio = log_ratio.detach()
-    head = (log_p.exp() * log_ratio.masked_fill(~support.valid, 0.0)).sum(-1)
-    outside = ~((support.ids == rollout.token_ids[:, None]) & support.valid).any(-1)
-    student_logprobs = student.logprobs(rollout.token_ids)
-    log_ratio_tail = (student_logprobs - teacher.logprobs(rollout.token_ids)).detach()
-    # pi / sg pi: 1 in value, grad log pi in gradient
-    score = (student_logprobs - student_logprobs.detach()).exp()
-    return head + torch.where(outside, score * log_ratio_tail.masked_fill(~outside, 0.0), 0.0)

@@ -69,7 +69,7 @@ def test_a_target_or_a_reason_and_never_both(findings: dict[str, Finding]):
     ("SequenceReverseKL(gamma=0.0)", {"follows": "reverse_kl"}),
     ("SequenceReverseKL(normalize='length')", {"follows": "a multiple of sequence_reverse_kl"}),
     ("TopKReverseKL", {"pull": ("0", "0"), "head_rows": "K", "teacher_numbers": "2K"}),
-    ("TopKReverseKL(tail='bucket')", {"pull": ("0", "in"), "head_rows": "K + V", "needs": "topk"}),
+    ("TopKReverseKL(tail='bucket')", {"pull": ("0", "in"), "head_rows": "V", "needs": "topk"}),
     ("TopKReverseKL(renormalize=False)", {"pull": ("out", "out"), "target": None}),
     ("TopKReverseKL(tail='sampled', detach_log_ratio=False)", {"pull": ("out", "in")}),
     ("HeadTailReverseKL", {"follows": "reverse_kl", "pull": ("0", "in")}),
