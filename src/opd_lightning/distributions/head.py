@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import embedding_bag
 
+from opd_lightning.distributions.rows import WITH_GRADIENT
+
 # What one [C, V] tensor of a chunk may occupy; the student's and a teacher's are alive at once, in
 # memory that the next chunk uses again. Smaller chunks make the matrix products slow.
 CHUNK_BYTES = 80 * 2**20
@@ -204,7 +206,16 @@ def _to_gradient(
             [C] only the first column is summed.
     """
     values = []
+    direct = WITH_GRADIENT.get(row_fn) if head.softcap is None else None
     for block in blocks(raw):
+        if direct is not None:
+            with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
+                value, grad = direct(head.finish(raw[block]), *[other[block] for other in others])
+                if bool(value.isfinite().all()):
+                    factors = grad_values[block].to(value.dtype) * (head.scale / head.temperature)
+                    torch.mul(grad, factors[:, None], out=raw[block])
+                    values.append(value)
+                    continue
         with torch.enable_grad():
             leaf = raw[block].detach().requires_grad_()
             value = row_fn(head.finish(leaf), *[other[block] for other in others])

@@ -38,6 +38,18 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return kl(student, teacher)
 
 
+def reverse_kl_with_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(student || teacher) [C] and its gradient [C, V], in a third of autograd's passes.
+
+    Not finite where a token cannot occur; `reverse_kl` knows those cases.
+    """
+    log_p = student.log_softmax(-1)
+    gradient = log_p - teacher.log_softmax(-1)
+    p = log_p.exp_()
+    values = torch.linalg.vecdot(p, gradient)
+    return values, gradient.sub_(values[:, None]).mul_(p)
+
+
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student); gradient pi_v - q_v."""
     return kl(teacher, student)
@@ -82,3 +94,7 @@ def _log_mixture(logprobs: Tensor, others: Tensor, share: float) -> Tensor:
     return torch.logaddexp(
         floored(logprobs) + math.log(share), floored(others) + math.log1p(-share)
     )
+
+
+# row function -> (student, teacher) -> values and gradient, for finite logits
+WITH_GRADIENT = {reverse_kl: reverse_kl_with_gradient}
