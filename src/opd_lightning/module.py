@@ -19,7 +19,14 @@ from opd_lightning.distributions import Distribution, TokenDistribution
 from opd_lightning.errors import ConfigError
 from opd_lightning.metrics import StepClock, TokenMeans, completion_measures, on_policy_measures
 from opd_lightning.objectives import Objective, ObjectiveOutput
-from opd_lightning.policy import CausalPolicy, PolicySpec, Tokenizer, as_spec, export_policy
+from opd_lightning.policy import (
+    CausalPolicy,
+    PolicySpec,
+    Tokenizer,
+    as_spec,
+    export_policy,
+    one_row_at_least,
+)
 from opd_lightning.predictions import prediction_records
 from opd_lightning.records import PromptBatch, Rollout
 from opd_lightning.teachers import LocalTeacher, Teacher, shared_vocabulary
@@ -144,8 +151,13 @@ class OPDModule(L.LightningModule):
         """Load student and teacher; a second call does nothing."""
         if self.student is None:
             model = self.student_spec.load()
-            self.student = CausalPolicy(model, self.tokenizer, self._shared_vocabulary)
+            self.student = CausalPolicy(
+                model, self.tokenizer, self._shared_vocabulary, self.student_spec.packed
+            )
+            if self.student.uses_flash_attention:  # its kernels have to be checked on the GPU
+                self.student.to(self.trainer.strategy.root_device)
             self.student.check_head()
+            self.student.check_packed()
         self.teacher.load(self.device, self._shared_vocabulary)
 
     def on_fit_start(self) -> None:
@@ -197,7 +209,9 @@ class OPDModule(L.LightningModule):
             return self.all_gather(table).view(-1, *table.shape)
 
         rollout = self._with_old_logprobs(rollout)
-        return plan_updates(rollout, self.mini_batches, self.micro_batch_tokens, all_gather)
+        return plan_updates(
+            rollout, self.mini_batches, self.micro_batch_tokens, all_gather, self.student.packed
+        )
 
     def read_both(
         self, rollout: Rollout, reader: PairReader, clock: StepClock | None = None
@@ -273,7 +287,7 @@ class OPDModule(L.LightningModule):
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Add the batch's completions to the held-out measures."""
         rollout = _answered(batch)
-        read = _one_row_at_least(rollout)
+        read = one_row_at_least(rollout)
         measures = self.read_both(
             read, lambda student, teacher: on_policy_measures(student, teacher, read)
         )
@@ -293,7 +307,7 @@ class OPDModule(L.LightningModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Return one record a completion, with student and teacher log-probabilities a token."""
         rollout = _answered(batch)
-        read = _one_row_at_least(rollout)
+        read = one_row_at_least(rollout)
         ids = read.token_ids
         student, teacher = self.read_both(
             read, lambda student, teacher: (student.logprobs(ids), teacher.logprobs(ids))
@@ -367,14 +381,3 @@ def _answered(batch: PromptBatch) -> Rollout:
     if batch.rollout is None:
         raise ConfigError(checks.no_completions())
     return batch.rollout
-
-
-def _one_row_at_least(rollout: Rollout) -> Rollout:
-    """Return the rollout, or a row without completion for a rank that has no prompt in this round.
-
-    Its forwards and the keys of its measures are then those of the other ranks, which wait for it.
-    """
-    if rollout.num_rows:
-        return rollout
-    ids = torch.zeros(1, 1, dtype=torch.long, device=rollout.input_ids.device)
-    return Rollout(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))

@@ -47,6 +47,7 @@ class PolicySpec:
         freeze: Parts of parameter names, such as "embed_tokens": those are not trained.
         trust_remote_code: Whether the model's own Python files may run.
         revision: Branch, tag or commit of a hub name.
+        packed: Whether rows are read behind one another without padding; see `CausalPolicy`.
     """
 
     path: str
@@ -57,6 +58,7 @@ class PolicySpec:
     freeze: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
     revision: str | None = None
+    packed: bool | None = None
 
     def check(self) -> None:
         """Refuse a local folder that holds no model.
@@ -167,6 +169,10 @@ class CausalPolicy(nn.Module):
         model: The Hugging Face model, with its output head.
         tokenizer: Its tokenizer; needed for stop strings and text output only.
         vocab_size: Rows of the head that count (ids shared with the other model); default all.
+        packed: Whether `read` puts the rows behind one another, without padding, as one sequence
+            whose position ids start again at each row; None: where the attention is a flash one,
+            whose kernels then compute nothing across rows. Others (sdpa, eager) mask a square of
+            all tokens: time and memory quadratic in them.
     """
 
     def __init__(
@@ -174,11 +180,14 @@ class CausalPolicy(nn.Module):
         model: PreTrainedModel,
         tokenizer: Tokenizer | None = None,
         vocab_size: int | None = None,
+        packed: bool | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
+        self.packed = self.uses_flash_attention if packed is None else packed
+        self._packed_by_choice = packed is True
         self._dense = False
         _disable_dropout(model)
 
@@ -186,6 +195,11 @@ class CausalPolicy(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
+
+    @property
+    def uses_flash_attention(self) -> bool:
+        """Whether the attention has kernels for rows of varying length; those need a GPU."""
+        return "flash" in (self.model.config._attn_implementation or "")
 
     @property
     def eos_token_ids(self) -> list[int]:
@@ -210,20 +224,30 @@ class CausalPolicy(nn.Module):
         FSDP treats as a forward.
 
         Args:
-            rollout: B rows; only the ids, the attention mask and the completion mask are read.
+            rollout: B >= 0 rows; only the ids, the attention mask and the completion mask are read.
             reader: What to do with the distribution.
             temperature: Divides the logits.
         """
-        ids, mask = rollout.input_ids, rollout.attention_mask
-        predicts = rollout.completion_mask[:, 1:]
+        inputs, predicts = self._inputs(one_row_at_least(rollout))
         if self._dense:
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            chosen = logits[:, :-1][predicts][:, : self.vocab_size]
+            logits = self.model(**inputs, use_cache=False).logits
+            chosen = logits[predicts][:, : self.vocab_size]
             return reader(TokenDistribution.from_logits(chosen, temperature))
-        hidden = self.model.base_model(
-            input_ids=ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state
-        return reader(self._distribution(hidden[:, :-1][predicts], temperature))
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        return reader(self._distribution(hidden[predicts], temperature))
+
+    def _inputs(self, rollout: Rollout) -> tuple[dict[str, Tensor | None], Tensor]:
+        """Return the model's inputs and, in their shape, where the next token is a completion's."""
+        ids, mask = rollout.input_ids, rollout.attention_mask
+        predicts = torch.zeros_like(rollout.completion_mask)
+        predicts[:, :-1] = rollout.completion_mask[:, 1:]
+        if not self.packed:
+            return {"input_ids": ids, "attention_mask": mask}, predicts
+        real = mask.bool()
+        position_ids = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        # without a mask, transformers takes position ids that start again for another sequence
+        inputs = {"input_ids": ids[real][None], "position_ids": position_ids[real][None]}
+        return inputs | {"attention_mask": None}, predicts[real][None]
 
     def _distribution(self, hidden: Tensor, temperature: float) -> TokenDistribution:
         head = self.model.get_output_embeddings()
@@ -268,6 +292,60 @@ class CausalPolicy(nn.Module):
                 head_settings(self.model.config) or "none",
             )
         return difference
+
+    @torch.no_grad()
+    def check_packed(self) -> None:
+        """Where rows are packed, compare two packed rows with each of them alone, at start.
+
+        Raises:
+            ConfigError: If they differ and `packed=True` was asked for. Where it was chosen by the
+                attention, rows are padded from then on, and a warning says so.
+        """
+        if not self.packed:
+            return
+        ids = (torch.arange(20, device=self.device).view(2, 10) * 7 + 1) % self.vocab_size
+        mask = torch.ones_like(ids)
+        mask[1, 6:] = 0
+        rows = Rollout(ids, mask, mask.bool())
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                packed = self.model.base_model(**self._inputs(rows)[0], use_cache=False)
+                alone = [
+                    self.model.base_model(input_ids=row[keep.bool()][None], use_cache=False)
+                    for row, keep in zip(ids, mask, strict=True)
+                ]
+            packed = packed.last_hidden_state[0]
+            alone = torch.cat([output.last_hidden_state[0] for output in alone])
+            difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-6))
+            tolerance = max(_HEAD_TOLERANCE[alone.dtype], 1e-5)  # eager softmax is fp32 at best
+            reason = f"differ by {difference:.1e} of the largest value (at most {tolerance:.0e})"
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            difference, tolerance, reason = float("inf"), 0.0, f"fail ({error})"
+        finally:
+            self.model.train(training)
+        if difference <= tolerance:
+            return
+        said = (
+            f"{type(self.model).__name__} with attention {self.model.config._attn_implementation!r}"
+            f" cannot read packed rows: hidden states of two rows, packed and alone, {reason}."
+        )
+        if self._packed_by_choice:
+            raise ConfigError(f"packed=True: {said} Set packed to false, or null to choose.")
+        self.packed = False
+        log.warning("%s Rows are padded instead: same results.", said)
+
+
+def one_row_at_least(rollout: Rollout) -> Rollout:
+    """Return the rollout, or a row without completion where it has none (a rank without prompts).
+
+    Its forwards and the keys of its measures are then those of the other ranks, which wait for it.
+    """
+    if rollout.num_rows:
+        return rollout
+    ids = torch.zeros(1, 1, dtype=torch.long, device=rollout.input_ids.device)
+    return Rollout(ids, torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool))
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -25,6 +25,7 @@ class LocalTeacher(Teacher):
         compile: Run the decoder through torch.compile.
         trust_remote_code: Whether the model's own Python files may run.
         revision: Branch, tag or commit of a hub name.
+        packed: Whether rows are read behind one another without padding; see `CausalPolicy`.
     """
 
     provides = "full"
@@ -37,6 +38,7 @@ class LocalTeacher(Teacher):
         compile: bool = False,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        packed: bool | None = None,
     ) -> None:
         self.spec = PolicySpec(
             path,
@@ -45,6 +47,7 @@ class LocalTeacher(Teacher):
             compile=compile,
             trust_remote_code=trust_remote_code,
             revision=revision,
+            packed=packed,
         )
         self.policy: CausalPolicy | None = None
 
@@ -63,9 +66,11 @@ class LocalTeacher(Teacher):
     def load(self, device: torch.device, vocab_size: int) -> None:
         """Load the weights onto `device` and freeze them; a second call only moves them."""
         if self.policy is None:
-            self.policy = CausalPolicy(self.spec.load(), vocab_size=vocab_size)
-            self.policy.requires_grad_(False)
+            model = self.spec.load()
+            self.policy = CausalPolicy(model, vocab_size=vocab_size, packed=self.spec.packed)
+            self.policy.requires_grad_(False).to(device)  # flash kernels are checked on the GPU
             self.policy.check_head()
+            self.policy.check_packed()
         self.policy.to(device)
 
     def read(
