@@ -29,7 +29,7 @@ MIB = 2**20
 
 # glibc keeps freed blocks up to a moving limit for itself; with a fixed limit they go back to the
 # system, and the resident size is what is in use
-EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
+EXACT_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(64 * 1024))
 
 
 class BenchmarkError(Exception):
@@ -46,8 +46,8 @@ def run_case(
 
     Args:
         function: Of a module under `benchmarks`, at its top level; returns JSON values.
-        exact_memory: Let freed memory go back to the system at once. It makes large allocations a
-            little slower.
+        exact_memory: Let freed memory go back to the system at once. It makes allocations much
+            slower, so time is measured without it.
         arguments: JSON values.
 
     Raises:
@@ -141,14 +141,14 @@ class _Sampler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.highest = resident_bytes()
-        self._stop = threading.Event()
+        self._halt = threading.Event()
 
     def run(self) -> None:
-        while not self._stop.wait(0.001):
+        while not self._halt.wait(0.001):
             self.highest = max(self.highest, resident_bytes())
 
     def stop(self) -> None:
-        self._stop.set()
+        self._halt.set()
         self.join()
 
 
