@@ -1,5 +1,6 @@
 """The page holds what the newest results say, and what cannot be run stops with its name."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -39,7 +40,9 @@ def test_a_page_without_a_place_says_what_to_add() -> None:
         run_all.filled("nothing", {"loss": "x"})
 
 
-def test_the_newest_results_are_those_that_were_finished_last(monkeypatch, tmp_path) -> None:  # noqa: ANN001
+def test_the_newest_results_are_those_that_were_finished_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(run_all, "RESULTS", tmp_path)
     assert run_all.newest() is None
     for name, day in (("z", "01"), ("a", "03"), ("m", "02")):
@@ -68,7 +71,9 @@ def test_a_missing_script_is_named() -> None:
         run_all.scripts(["decisions"])
 
 
-def test_a_failing_check_stops_with_the_name_of_its_benchmark(monkeypatch) -> None:  # noqa: ANN001
+def test_a_failing_check_stops_with_the_name_of_its_benchmark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def run(small: bool) -> dict:
         raise common.BenchmarkError("the losses differ by 0.1")
 

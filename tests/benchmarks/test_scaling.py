@@ -1,5 +1,8 @@
 """The exponents are those of the data, and what grows too fast is seen."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from benchmarks import common, scaling
@@ -12,7 +15,7 @@ def sizes() -> dict:
 def answers(power: dict[str, float]):
     """Stands in for the processes: seconds and peaks that grow by these powers."""
 
-    def run_case(function, name: str, sizes: dict, exact_memory: bool = True) -> dict:  # noqa: ANN001
+    def run_case(function: Callable, name: str, sizes: dict, exact_memory: bool = True) -> dict:
         scale = 0.1 if function.__name__ == "seconds" else 100 * common.MIB
         points = sizes["points"][name]
         return {"loss": [scale * p ** power[function.__name__] for p in points]}
@@ -48,7 +51,9 @@ def test_memory_above_linear_stops_the_benchmark(monkeypatch: pytest.MonkeyPatch
         scaling.measure(sizes())
 
 
-def test_the_same_numbers_draw_the_same_figure(monkeypatch, tmp_path) -> None:  # noqa: ANN001
+def test_the_same_numbers_draw_the_same_figure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(common, "run_case", answers({"seconds": 1.0, "peaks": 1.0}))
     result = scaling.measure(sizes())
     for name in ("a", "b"):

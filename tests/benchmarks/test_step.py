@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import common, step
 from opd_lightning import CausalPolicy, PromptBatch, SamplingConfig, TransformersEngine
 
+Forced = tuple[LlamaForCausalLM, list[int]]
 ROWS, LONGEST, VOCAB_SIZE = 8, 16, 200
 
 
@@ -29,7 +30,7 @@ def tiny() -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def forced() -> tuple[LlamaForCausalLM, list[int]]:
+def forced() -> Forced:
     lengths = step.completion_lengths("uneven", ROWS, LONGEST)
     model = tiny()
     step.ForcedLengths(lengths, VOCAB_SIZE).attach(model)
@@ -45,7 +46,7 @@ def test_uneven_lengths_have_the_stated_median_and_maximum() -> None:
     assert step.completion_lengths("equal", 3, 5) == [5, 5, 5]
 
 
-def test_our_engine_makes_completions_of_these_lengths(forced) -> None:  # noqa: ANN001
+def test_our_engine_makes_completions_of_these_lengths(forced: Forced) -> None:
     model, lengths = forced
     prompts = PromptBatch.from_token_ids(step.prompts(ROWS, VOCAB_SIZE, rounds=1))
     sampling = SamplingConfig(max_completion_length=LONGEST)
@@ -54,7 +55,7 @@ def test_our_engine_makes_completions_of_these_lengths(forced) -> None:  # noqa:
     assert not rollout.truncated.any()
 
 
-def test_generate_makes_completions_of_the_same_lengths(forced) -> None:  # noqa: ANN001
+def test_generate_makes_completions_of_the_same_lengths(forced: Forced) -> None:
     model, lengths = forced
     prompts = step.prompts(ROWS, VOCAB_SIZE, rounds=1)
     width = max(map(len, prompts))
@@ -67,7 +68,7 @@ def test_generate_makes_completions_of_the_same_lengths(forced) -> None:  # noqa
     assert ends == lengths
 
 
-def test_forward_passes_without_a_cache_are_left_alone(forced) -> None:  # noqa: ANN001
+def test_forward_passes_without_a_cache_are_left_alone(forced: Forced) -> None:
     model, _ = forced
     ids = torch.tensor(step.prompts(ROWS, VOCAB_SIZE, rounds=1)[:1])
     plain = tiny()
