@@ -34,11 +34,12 @@ TABLE: dict[str, set[str]] = {
 # metrics that module.py logs.
 PARTS: dict[str, set[str]] = {
     "updates": {"records", "weighting"},
+    "memory": {"records"},
     "predictions": {"records", "policy"},
     "checks": {"records", "objectives", "teachers", "rollout"},
     "config_errors": {"objectives", "weighting", "teachers", "rollout"},
 }
-FURTHER: dict[str, set[str]] = {"module": {"metrics", "updates", "predictions", "checks"}}
+FURTHER: dict[str, set[str]] = {"module": {"metrics", "updates", "memory", "predictions", "checks"}}
 
 WHOLE = set(TABLE) | set(PARTS)
 ALLOWED = {room: TABLE.get(room, set()) | FURTHER.get(room, set()) for room in TABLE} | PARTS

@@ -3,18 +3,19 @@
 B rows of a rollout, N completion tokens of a micro-batch.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from opd_lightning import checks
+from opd_lightning import checks, memory
 from opd_lightning.distributions import Distribution, TokenDistribution
 from opd_lightning.errors import ConfigError
 from opd_lightning.metrics import StepClock, TokenMeans, completion_measures, on_policy_measures
@@ -31,8 +32,18 @@ from opd_lightning.predictions import prediction_records
 from opd_lightning.records import PromptBatch, Rollout
 from opd_lightning.teachers import LocalTeacher, Teacher, shared_vocabulary
 from opd_lightning.updates import Update, micro_batch_rows, plan_updates
-from opd_lightning.weighting import Reduction, ReductionName, TokenWeight, combined_weight
+from opd_lightning.weighting import (
+    Reduction,
+    ReductionName,
+    TokenWeight,
+    UpdateSize,
+    combined_weight,
+)
 
+log = logging.getLogger("opd_lightning")
+
+# Where no data module says how many rows an update has, "auto" looks no further than for this many.
+_ROWS_WHERE_UNKNOWN = 64
 PairReader = Callable[[TokenDistribution, Distribution], Any]
 _ADAMW = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
 
@@ -55,7 +66,10 @@ class OPDModule(L.LightningModule):
         max_grad_norm: Gradients are clipped to this norm; None: not clipped.
         mini_batches: Optimiser steps on one rollout.
         micro_batch_tokens: Largest rows x padded length of one forward and backward; None: an
-            update is one micro-batch.
+            update is one micro-batch; "auto": the most that fits `memory_limit_gb`, found before
+            the first step by a few forward and backward passes.
+        memory_limit_gb: Of each process, in 10^9 bytes, for "auto"; None: 90 % of a GPU's memory,
+            on a CPU what is held at the start and half of what is free.
         temperature: Divides student and teacher logits; None: that of the rollouts.
         metrics_every: Optimiser steps between measures over the whole vocabulary (reverse KL,
             entropies), which cost one more pass of both heads; 0: never.
@@ -75,20 +89,31 @@ class OPDModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         max_grad_norm: float | None = 1.0,
         mini_batches: int = 1,
-        micro_batch_tokens: int | None = None,
+        micro_batch_tokens: int | Literal["auto"] | None = None,
+        memory_limit_gb: float | None = None,
         temperature: float | None = None,
         metrics_every: int = 1,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        auto = micro_batch_tokens == "auto"
+        if isinstance(micro_batch_tokens, str) and not auto:
+            raise ConfigError(
+                f"micro_batch_tokens must be a number, None or 'auto'; got {micro_batch_tokens!r}."
+            )
         for name, value, least in [
             ("mini_batches", mini_batches, 1),
-            ("micro_batch_tokens", micro_batch_tokens, 1),
+            ("micro_batch_tokens", None if auto else micro_batch_tokens, 1),
             ("metrics_every", metrics_every, 0),
             ("max_grad_norm", max_grad_norm, 0),
         ]:
             if value is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}; got {value}.")
+        if memory_limit_gb is not None and not (auto and memory_limit_gb > 0):
+            raise ConfigError(
+                f"memory_limit_gb={memory_limit_gb} with micro_batch_tokens={micro_batch_tokens}: "
+                "a limit is above 0 and goes with micro_batch_tokens: auto. Set both or neither."
+            )
         self.student_spec = as_spec(student)
         # no nn.Module of the teacher may be registered here: it stays out of optimiser, checkpoint
         self.teacher = teacher if isinstance(teacher, Teacher) else LocalTeacher(str(teacher))
@@ -99,7 +124,9 @@ class OPDModule(L.LightningModule):
         self.lr_scheduler_factory = lr_scheduler
         self.max_grad_norm = max_grad_norm
         self.mini_batches = mini_batches
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_tokens = None if auto else micro_batch_tokens
+        self.auto_micro_batch = auto
+        self.memory_limit_gb = memory_limit_gb
         self.temperature = temperature
         self.metrics_every = metrics_every
         self.student: CausalPolicy | None = None
@@ -161,10 +188,20 @@ class OPDModule(L.LightningModule):
         self.teacher.load(self.device, self._shared_vocabulary)
 
     def on_fit_start(self) -> None:
+        """Place the teacher; find the micro-batch budget where it is "auto".
+
+        A resumed run keeps the budget that its checkpoint has for the same limit: other
+        micro-batches would round differently.
+        """
+        self._place_teacher()
+        if self.auto_micro_batch and self.micro_batch_tokens is None:
+            self.micro_batch_tokens = self._largest_budget()
+
+    def _place_teacher(self) -> None:
         """Move the teacher to the device; it is no submodule, so Lightning leaves it alone."""
         self.teacher.load(self.device, self._shared_vocabulary)
 
-    on_validation_start = on_test_start = on_predict_start = on_fit_start
+    on_validation_start = on_test_start = on_predict_start = _place_teacher
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser over the student alone, and its schedule."""
@@ -212,6 +249,77 @@ class OPDModule(L.LightningModule):
         return plan_updates(
             rollout, self.mini_batches, self.micro_batch_tokens, all_gather, self.student.packed
         )
+
+    def _largest_budget(self) -> int:
+        """Return the most tokens of a micro-batch that fit the memory limit, the same on all ranks.
+
+        Raises:
+            ConfigError: If the longest possible row is not known or does not fit.
+        """
+        data, callback = self.trainer.datamodule, checks.find_rollout_callback(self.trainer)
+        sampling = None if callback is None else callback.sampling
+        longest = self._longest_row(data, sampling)
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        later = memory.optimizer_bytes(self.optimizer_factory, trained)
+        if self.trainer.world_size > 1:
+            later += memory.parameter_bytes(trained)  # the buckets in which gradients are averaged
+        limit = memory.memory_limit(self.device, self.memory_limit_gb, self.trainer.num_devices)
+        limit = -self._largest_of_ranks(-limit)
+        rows = _ROWS_WHERE_UNKNOWN
+        if (prompts := getattr(data, "prompts_per_step", None)) is not None:
+            generations = 1 if sampling is None else sampling.num_generations
+            rows = prompts * generations // self.trainer.world_size // self.mini_batches
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            budget = memory.largest_budget(self._peak_of, longest, limit, later, rows)
+        self.student.zero_grad()
+        log.info(
+            "micro_batch_tokens: auto -> %d (rows of up to %d tokens, limit %.2f GB a process)",
+            budget,
+            longest,
+            limit / 1e9,
+        )
+        return budget
+
+    def _peak_of(self, rows: int, length: int) -> int:
+        """Return the peak in bytes, over all ranks, of the first two micro-batches of an update.
+
+        The gradients of an earlier call are dropped first, as after an optimiser step.
+        """
+        rollout = memory.full_rows(rows, length, self._shared_vocabulary, self.device)
+        size = UpdateSize(rollout.num_tokens, rows, length - 1)
+        update = Update([rollout], size, padding_fraction=0.0)
+
+        def loss(student: TokenDistribution, teacher: Distribution) -> Tensor:
+            output = self._loss(rollout, update, TokenMeans(), student, teacher)
+            if self.metrics_every:
+                on_policy_measures(student, teacher, rollout)
+            return output.loss
+
+        def run() -> None:
+            self.student.zero_grad()
+            for _ in range(2):
+                with self.trainer.precision_plugin.train_step_context():
+                    value = self.read_both(rollout, loss)
+                value.backward()
+
+        return self._largest_of_ranks(memory.peak_bytes(self.device, run))
+
+    def _longest_row(self, data: Any, sampling: Any) -> int:
+        """Return the tokens of the longest prompt with its completion that training can meet."""
+        if sampling is not None and (prompt := getattr(data, "longest_prompt", None)) is not None:
+            return prompt + sampling.max_completion_length
+        if getattr(data, "has_completions", None):
+            prompts = data.tables["train"].prompts
+            return max(len(p.prompt_ids) + len(p.completion_ids) for p in prompts)
+        if self.context_length is None:
+            raise ConfigError(
+                "micro_batch_tokens: auto needs the longest row that can come, but neither the "
+                "data nor the student's config says it. Give a number of tokens."
+            )
+        return self.context_length
+
+    def _largest_of_ranks(self, value: int) -> int:
+        return int(self.all_gather(torch.tensor(value, device=self.device)).max())
 
     def read_both(
         self, rollout: Rollout, reader: PairReader, clock: StepClock | None = None
@@ -332,7 +440,15 @@ class OPDModule(L.LightningModule):
         checkpoint["opd_lightning"] = {
             "student_path": self.student_spec.path,
             "student_config": self.student.model.config.to_json_string(use_diff=False),
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "memory_limit_gb": self.memory_limit_gb,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the micro-batch budget that was found."""
+        saved = checkpoint.get("opd_lightning", {})
+        if self.auto_micro_batch and saved.get("memory_limit_gb") == self.memory_limit_gb:
+            self.micro_batch_tokens = saved.get("micro_batch_tokens")
 
     def _log_update(
         self, update: Update, values: dict[str, float], seconds: dict[str, float]
@@ -346,6 +462,8 @@ class OPDModule(L.LightningModule):
             "perf/tokens_per_second": update.size.num_tokens / total,
             **{f"perf/{name}_seconds": value for name, value in seconds.items()},
         }
+        if self.auto_micro_batch:
+            values["perf/micro_batch_tokens"] = self.micro_batch_tokens
         if step % self.trainer.log_every_n_steps == 0:
             self._log(values, step)
         shown = ["loss", "kl/reverse", "perf/tokens_per_second"]

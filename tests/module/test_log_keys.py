@@ -98,6 +98,7 @@ RUNS: dict[str, tuple[Objective, bool, set[str]]] = {
         | {"loss/ReverseKL", "loss/SampledTokenReverseKL"},
     ),
     "ReverseKL": (ReverseKL(), False, WHOLE),
+    "auto": (ReverseKL(), False, WHOLE | {"perf/micro_batch_tokens"}),
 }
 
 
@@ -118,6 +119,8 @@ def runs(
         prompts = write_prompts(folder / "p.jsonl", 8)
         data = OPDDataModule(prompts, val=prompts, prompts_per_step=4)
         settings = {"teacher": TopKTeacher(str(models / "teacher"))} if served else {}
+        if name == "auto":
+            settings = {"micro_batch_tokens": "auto", "memory_limit_gb": 50}
         model = module(
             models, objective, mini_batches=2, weights=[SpecialTokenMask([5])], **settings
         )
