@@ -64,7 +64,7 @@ SMALL = {
         "rows": [4, 8, 16, 32],
         "depth": [2, 4, 8],
     },
-    "repeats": 2,
+    "repeats": 5,
 }
 FULL = {
     "loss": {"tokens": 2048, "vocab_size": 32768, "k": 32, "hidden_size": 896},

@@ -62,6 +62,7 @@ OURS: dict[str, tuple[Callable[[], Objective], int]] = {
 }
 TARGETS = {"TopKReverseKL(k=32)": 2.5, "ReverseKL": 1.8}
 TOLERANCE = 1e-5
+SPREADS = ("uneven", "equal")
 PAD, BOS, EOS = 0, 1, 2
 
 SMALL = {
@@ -270,8 +271,12 @@ class Side:
             stderr=self._log,
             text=True,
         )
-        self.baseline_bytes = self._hear()["baseline_bytes"]
+        self.baseline_bytes = 0
         self._expected = sorted(completion_lengths(spread, sizes["rows"], sizes["longest"]))
+
+    def wait_until_ready(self) -> None:
+        """Hear what memory it takes before it loads anything."""
+        self.baseline_bytes = self._hear()["baseline_bytes"]
 
     def step(self) -> dict[str, Any]:
         """Let it do one step and return what it reports."""
@@ -502,8 +507,12 @@ def _train_trl(
 # ------------------------------------------------------------------------------- the loss is equal
 
 
-def losses(folder: str, spread: str, sizes: dict[str, Any]) -> dict[str, float]:
-    """Return loss and gradient norm of both sides on one rollout of random tokens."""
+def losses(folder: str, sizes: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return loss and gradient norm of both sides on a rollout of random tokens, by spread."""
+    return {spread: _losses(folder, spread, sizes) for spread in SPREADS}
+
+
+def _losses(folder: str, spread: str, sizes: dict[str, Any]) -> dict[str, float]:
     draw = random.Random(1)
     rows, vocab_size = sizes["rows"], sizes["vocab_size"]
     lengths = completion_lengths(spread, rows, sizes["longest"])
@@ -572,7 +581,7 @@ def run(small: bool = False) -> dict[str, Any]:
 
 def measure(sizes: dict[str, Any]) -> dict[str, Any]:
     """As `run`, with other sizes."""
-    result: dict[str, Any] = {"sizes": sizes, "targets": TARGETS, "check": {}, "cases": {}}
+    result: dict[str, Any] = {"sizes": sizes, "targets": TARGETS, "cases": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         result["parameters"] = save_models(folder, sizes)
@@ -581,10 +590,10 @@ def measure(sizes: dict[str, Any]) -> dict[str, Any]:
             for ids in prompts(sizes["rows"], sizes["vocab_size"], rounds):
                 prompt = " ".join(f"t{i}" for i in ids)
                 print(json.dumps({"prompt": prompt}), file=lines)
-        for spread in ("uneven", "equal"):
-            check = common.run_case(losses, folder=str(folder), spread=spread, sizes=sizes)
+        result["check"] = common.run_case(losses, folder=str(folder), sizes=sizes)
+        for spread, check in result["check"].items():
             _check_equal(check, spread)
-            result["check"][spread] = check
+        for spread in SPREADS:
             result["cases"][spread] = _interleaved(spread, folder, sizes)
     return common.settings(result)
 
@@ -602,11 +611,13 @@ def _check_equal(check: dict[str, float], spread: str) -> None:
 def _interleaved(spread: str, folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     sides: list[Side] = []
     try:
-        # one after the other, so that each loads alone
         for name in [TRL, *sizes["variants"]]:
             sides.append(Side(name, spread, folder, sizes))
+        for side in sides:
+            side.wait_until_ready()
+        for side in sides:
             for _ in range(sizes["warm_up"]):
-                sides[-1].step()
+                side.step()
         found = common.interleave({side.name: side.step for side in sides}, sizes["rounds"])
     finally:
         for side in sides:
