@@ -161,7 +161,7 @@ def step_works(
 
 
 def peaks(name: str, sizes: dict[str, Any]) -> dict[str, list[int]]:
-    """Return peak bytes above inputs and gradients at each point of one axis, by what is measured."""
+    """Return peak bytes above inputs and gradients at each point of one axis, by measure."""
     device = common.device()
     found: dict[str, list[int]] = {}
     for works in _works(name, sizes):
