@@ -66,6 +66,15 @@ class PolicySpec:
         Raises:
             ConfigError: If the folder is missing, or has no config.json or no weights.
         """
+        self._check_config()
+        folder = Path(self.path)
+        if folder.exists() and not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+            raise ConfigError(
+                f"model folder {self.path!r} has no weights (*.safetensors). Was the download or "
+                "the export interrupted? Write the folder again."
+            )
+
+    def _check_config(self) -> None:
         folder = Path(self.path)
         if not folder.exists():
             if looks_local(self.path):
@@ -78,11 +87,6 @@ class PolicySpec:
             raise ConfigError(
                 f"model folder {self.path!r} has no config.json. Give a folder written by "
                 "save_pretrained, `opd prune` or `opd export`."
-            )
-        if not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
-            raise ConfigError(
-                f"model folder {self.path!r} has no weights (*.safetensors). Was the download or "
-                "the export interrupted? Write the folder again."
             )
 
     def load_config(self) -> Any:
@@ -113,14 +117,27 @@ class PolicySpec:
             ConfigError: If transformers cannot find or read it.
         """
         self.check()
-        extra = (
-            {}
-            if self.attn_implementation is None
-            else {"attn_implementation": self.attn_implementation}
-        )
-        model = self._from_hub(
-            AutoModelForCausalLM.from_pretrained, dtype=getattr(torch, self.dtype), **extra
-        )
+        load = AutoModelForCausalLM.from_pretrained
+        return self._prepared(self._from_hub(load, **self._loading_options()))
+
+    def build(self) -> PreTrainedModel:
+        """Return the model on torch's default device, from its config.json alone: no weights read.
+
+        Raises:
+            ConfigError: If transformers cannot find or read the config.
+        """
+        self._check_config()
+        config = self._from_hub(AutoConfig.from_pretrained)
+        options = self._loading_options() | {"trust_remote_code": self.trust_remote_code}
+        return self._prepared(AutoModelForCausalLM.from_config(config, **options))
+
+    def _loading_options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        return options
+
+    def _prepared(self, model: PreTrainedModel) -> PreTrainedModel:
         _freeze(model, self.freeze)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -173,6 +190,9 @@ class CausalPolicy(nn.Module):
             whose position ids start again at each row; None: where the attention is a flash one,
             whose kernels then compute nothing across rows. Others (sdpa, eager) mask a square of
             all tokens: time and memory quadratic in them.
+
+    Attributes:
+        compute_device: Where inputs go, if not where the weights are (sharded and offloaded).
     """
 
     def __init__(
@@ -187,14 +207,15 @@ class CausalPolicy(nn.Module):
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size or model.get_output_embeddings().weight.shape[0]
         self.packed = self.uses_flash_attention if packed is None else packed
+        self.compute_device: torch.device | None = None
         self._packed_by_choice = packed is True
         self._dense = False
         _disable_dropout(model)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+        """Where the model computes."""
+        return self.compute_device or self.model.device
 
     @property
     def uses_flash_attention(self) -> bool:

@@ -28,7 +28,7 @@ def test_missing_folder_names_the_nearest(folder: Path):
     assert "Give a Hugging Face folder" in str(error.value)
 
 
-@pytest.mark.parametrize("read", ["check", "load_config", "load_tokenizer", "load"])
+@pytest.mark.parametrize("read", ["check", "load_config", "load_tokenizer", "load", "build"])
 def test_every_way_in_checks_the_folder(read: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"has no config\.json\. Give a folder written by"):
         getattr(PolicySpec(str(tmp_path)), read)()
@@ -38,6 +38,19 @@ def test_folder_without_weights(folder: Path, tmp_path: Path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     with pytest.raises(ConfigError, match=r"has no weights .*interrupted\? Write the folder again"):
         PolicySpec(str(tmp_path)).load()
+
+
+def test_a_model_is_built_from_its_config_alone(folder: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    spec = PolicySpec(str(tmp_path), "bfloat16", freeze=["embed"], gradient_checkpointing=True)
+    with torch.device("meta"):
+        model = spec.build()
+    whole = PolicySpec(str(folder)).load()
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert model.dtype == torch.bfloat16 and model.is_gradient_checkpointing
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, whole)]
+    assert shapes[0] == shapes[1]
+    assert not model.get_input_embeddings().weight.requires_grad
 
 
 def test_half_a_weight_file(folder: Path, tmp_path: Path):
