@@ -10,7 +10,7 @@ from opd_lightning.distributions import TokenDistribution
 from tests.distributions.reference import best_ids, head_logits, logprobs
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def leaves_of(n: int, d: int, v: int, dtype: torch.dtype, seed: int) -> list[Tensor]:

@@ -169,9 +169,9 @@ class _HeadGradient:
     def __init__(self, inputs: Inputs, needs: tuple[bool, ...]) -> None:
         hidden, weight, bias = inputs
         dtype = at_least_fp32(hidden[:0]).dtype
-        self._inputs = hidden, weight
+        self._inputs, self._needs_weight = (hidden, weight), needs[1]
         self.hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+        self.weight: Tensor | None = None  # the first chunk writes it: zeros would be one pass more
         self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[2] else None
 
     def add(self, rows: slice, grad_products: Tensor) -> None:
@@ -181,8 +181,12 @@ class _HeadGradient:
             if self.hidden is not None:
                 for part, wide in _widened(weight, grad_products.dtype):
                     self.hidden[rows].addmm_(grad_products[:, part], wide)
-            if self.weight is not None:
-                self.weight.addmm_(grad_products.T, hidden[rows].to(grad_products.dtype))
+            if self._needs_weight:
+                factors = grad_products.T, hidden[rows].to(grad_products.dtype)
+                if self.weight is None:
+                    self.weight = torch.mm(*factors)
+                else:
+                    self.weight.addmm_(*factors)
             if self.bias is not None:
                 self.bias += grad_products.sum(0)
 
@@ -326,8 +330,11 @@ class WeightedSum(torch.autograd.Function):
                 "differentiated once. Call the objective again, or sum its token_loss instead."
             )
         sums, ctx.gradient = ctx.gradient.sums, None
-        grads = [None if total is None else total.mul_(grad_loss) for total in sums]
-        return None, None, None, None, None, *grads
+        # a factor of 1, which is usual, would cost one pass over the head's gradient; on a GPU the
+        # question costs more
+        if grad_loss.device.type != "cpu" or grad_loss != 1:
+            sums = [None if total is None else total.mul_(grad_loss) for total in sums]
+        return None, None, None, None, None, *sums
 
 
 class GatheredProducts(torch.autograd.Function):
@@ -360,8 +367,10 @@ class GatheredProducts(torch.autograd.Function):
             for rows in _gathering_chunks(ctx.head, ids, weight, grad.dtype):
                 table, places = _rows_of(weight, ids[rows], grad.dtype)
                 gradient.hidden[rows] = _sums(table, places, grad[rows])
-        if gradient.weight is not None and ids.numel():
-            _scatter(gradient.weight, ids, grad, hidden.to(grad.dtype))
+        if ctx.needs_input_grad[-2]:
+            gradient.weight = torch.zeros_like(weight, dtype=grad.dtype)
+            if ids.numel():
+                _scatter(gradient.weight, ids, grad, hidden.to(grad.dtype))
         if gradient.bias is not None:
             gradient.bias.index_add_(0, ids.reshape(-1), grad.reshape(-1))
         return None, None, None, *gradient.sums
