@@ -1,6 +1,7 @@
 """The loss alone: time and peak memory of forward and backward from hidden states, side by side.
 
     python benchmarks/loss.py [--small] [--threads 2]        # on a GPU where there is one
+    python benchmarks/loss.py --vocab 151936 --tokens 1024 8192 --peaks     # some sizes, no times
 
 From the last hidden states [N, D] of student and teacher and their heads [V, D], fp32, to the
 gradients of the student's hidden states and head. Beside ours: TRL's chunked distillation loss
@@ -196,10 +197,15 @@ def check_pairs(results: dict[str, dict[str, float]]) -> float:
     return worst
 
 
-def run(small: bool, threads: int = 2) -> dict[str, Any]:
+def run(
+    small: bool,
+    threads: int = 2,
+    vocabularies: list[int] | None = None,
+    numbers: list[int] | None = None,
+) -> dict[str, Any]:
     """Return seconds and peaks of the sides at every size, and the ratios."""
-    vocabularies = [32_000] if small else [32_000, 151_936]
-    numbers = [1024] if small else [1024, 4096, 8192]
+    vocabularies = vocabularies or ([32_000] if small else [32_000, 151_936])
+    numbers = numbers or ([1024] if small else [1024, 4096, 8192])
     compared = list(dict.fromkeys(side for ours, theirs, _ in TARGETS for side in (ours, theirs)))
     sides = compared if small else [*OURS, *THEIRS]
     differences, sizes = [check_against_dense(threads)], []
@@ -221,6 +227,20 @@ def run(small: bool, threads: int = 2) -> dict[str, Any]:
             "sizes": sizes,
         }
     )
+
+
+def peak_table(vocabularies: list[int], numbers: list[int], threads: int) -> str:
+    """Return the peaks of our losses as Markdown: one row a loss, one column a size."""
+    columns = [(vocab, tokens) for vocab in vocabularies for tokens in numbers]
+    rows = []
+    for side in OURS:
+        found = [
+            common.run_case(peak_case, side=side, tokens=tokens, vocab=vocab, threads=threads)
+            for vocab, tokens in columns
+        ]
+        rows.append([side, *(f"{common.mib(case['peak_bytes']):.0f}" for case in found)])
+        print(*rows[-1], file=sys.stderr, flush=True)
+    return common.markdown(["peak, MiB", *(f"V={v}, N={n}" for v, n in columns)], rows)
 
 
 def _summary(
@@ -272,8 +292,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="one size, about three minutes")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocab", type=int, nargs="+", help="sizes of the vocabulary")
+    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens")
+    parser.add_argument("--peaks", action="store_true", help="the peaks of our losses, no times")
     given = parser.parse_args()
-    print(table(run(given.small, given.threads)))
+    if given.peaks:
+        vocabularies, numbers = given.vocab or [32_000, 151_936], given.tokens or [1024, 8192]
+        print(peak_table(vocabularies, numbers, given.threads))
+    else:
+        print(table(run(given.small, given.threads, given.vocab, given.tokens)))
 
 
 if __name__ == "__main__":
