@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import common, step
+from benchmarks import common, step, step_shared
 from opd_lightning import CausalPolicy, PromptBatch, SamplingConfig, TransformersEngine
 
 Forced = tuple[LlamaForCausalLM, list[int]]
@@ -22,33 +22,33 @@ def tiny() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         tie_word_embeddings=True,
-        pad_token_id=step.PAD,
-        bos_token_id=step.BOS,
-        eos_token_id=step.EOS,
+        pad_token_id=step_shared.PAD,
+        bos_token_id=step_shared.BOS,
+        eos_token_id=step_shared.EOS,
     )
     return LlamaForCausalLM(config)
 
 
 @pytest.fixture
 def forced() -> Forced:
-    lengths = step.completion_lengths("uneven", ROWS, LONGEST)
+    lengths = step_shared.completion_lengths("uneven", ROWS, LONGEST)
     model = tiny()
-    step.ForcedLengths(lengths, VOCAB_SIZE).attach(model)
+    step_shared.ForcedLengths(lengths, VOCAB_SIZE).attach(model)
     return model, lengths
 
 
 def test_uneven_lengths_have_the_stated_median_and_maximum() -> None:
     for rows, longest in ((8, 64), (16, 128), (64, 512)):
-        lengths = step.completion_lengths("uneven", rows, longest)
+        lengths = step_shared.completion_lengths("uneven", rows, longest)
         assert max(lengths) == longest
         assert median(lengths) == pytest.approx(longest / 4, rel=0.1)
         assert lengths != sorted(lengths)
-    assert step.completion_lengths("equal", 3, 5) == [5, 5, 5]
+    assert step_shared.completion_lengths("equal", 3, 5) == [5, 5, 5]
 
 
 def test_our_engine_makes_completions_of_these_lengths(forced: Forced) -> None:
     model, lengths = forced
-    prompts = PromptBatch.from_token_ids(step.prompts(ROWS, VOCAB_SIZE, rounds=1))
+    prompts = PromptBatch.from_token_ids(step_shared.prompts(ROWS, VOCAB_SIZE, rounds=1))
     sampling = SamplingConfig(max_completion_length=LONGEST)
     rollout = TransformersEngine().generate(CausalPolicy(model), prompts, sampling, seed=0)
     assert rollout.completion_lengths.tolist() == lengths
@@ -57,20 +57,20 @@ def test_our_engine_makes_completions_of_these_lengths(forced: Forced) -> None:
 
 def test_generate_makes_completions_of_the_same_lengths(forced: Forced) -> None:
     model, lengths = forced
-    prompts = step.prompts(ROWS, VOCAB_SIZE, rounds=1)
+    prompts = step_shared.prompts(ROWS, VOCAB_SIZE, rounds=1)
     width = max(map(len, prompts))
-    padded = torch.tensor([[step.PAD] * (width - len(ids)) + ids for ids in prompts])
+    padded = torch.tensor([[step_shared.PAD] * (width - len(ids)) + ids for ids in prompts])
     mask = torch.arange(width) >= width - torch.tensor([len(ids) for ids in prompts])[:, None]
     out = model.generate(
         padded, attention_mask=mask.long(), max_new_tokens=LONGEST, do_sample=True, top_k=0
     )
-    ends = [row.tolist().index(step.EOS) + 1 for row in out[:, width:]]
+    ends = [row.tolist().index(step_shared.EOS) + 1 for row in out[:, width:]]
     assert ends == lengths
 
 
 def test_forward_passes_without_a_cache_are_left_alone(forced: Forced) -> None:
     model, _ = forced
-    ids = torch.tensor(step.prompts(ROWS, VOCAB_SIZE, rounds=1)[:1])
+    ids = torch.tensor(step_shared.prompts(ROWS, VOCAB_SIZE, rounds=1)[:1])
     plain = tiny()
     with torch.no_grad():
         model.generate(ids, max_new_tokens=2, do_sample=True)
