@@ -33,13 +33,19 @@ TABLE: dict[str, set[str]] = {
 # Arrows that the table does not have: parts of module.py and cli.py in files of their own, and the
 # metrics that module.py logs.
 PARTS: dict[str, set[str]] = {
+    "sharding": {"policy"},
+    "strategy": {"sharding"},
     "updates": {"records", "weighting"},
     "memory": {"records"},
     "predictions": {"records", "policy"},
     "checks": {"records", "objectives", "teachers", "rollout"},
     "config_errors": {"objectives", "weighting", "teachers", "rollout"},
 }
-FURTHER: dict[str, set[str]] = {"module": {"metrics", "updates", "memory", "predictions", "checks"}}
+FURTHER: dict[str, set[str]] = {
+    "teachers": {"sharding"},
+    "rollout": {"sharding"},
+    "module": {"metrics", "sharding", "updates", "memory", "predictions", "checks"},
+}
 
 WHOLE = set(TABLE) | set(PARTS)
 ALLOWED = {room: TABLE.get(room, set()) | FURTHER.get(room, set()) for room in TABLE} | PARTS

@@ -30,6 +30,7 @@ from opd_lightning.policy import (
 )
 from opd_lightning.predictions import prediction_records
 from opd_lightning.records import PromptBatch, Rollout
+from opd_lightning.sharding import Sharding, load_policy
 from opd_lightning.teachers import LocalTeacher, Teacher, shared_vocabulary
 from opd_lightning.updates import Update, micro_batch_rows, plan_updates
 from opd_lightning.weighting import (
@@ -177,15 +178,19 @@ class OPDModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load student and teacher; a second call does nothing."""
         if self.student is None:
-            model = self.student_spec.load()
-            self.student = CausalPolicy(
-                model, self.tokenizer, self._shared_vocabulary, self.student_spec.packed
+            self.student = load_policy(
+                self.student_spec,
+                self.device if self._trainer is None else self.trainer.strategy.root_device,
+                self.sharding,
+                self.tokenizer,
+                self._shared_vocabulary,
             )
-            if self.student.uses_flash_attention:  # its kernels have to be checked on the GPU
-                self.student.to(self.trainer.strategy.root_device)
-            self.student.check_head()
-            self.student.check_packed()
-        self.teacher.load(self.device, self._shared_vocabulary)
+        self._place_teacher()
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How student and teacher are sharded; None where each process holds all of them."""
+        return None if self._trainer is None else getattr(self.trainer.strategy, "sharding", None)
 
     def on_fit_start(self) -> None:
         """Place the teacher; find the micro-batch budget where it is "auto".
@@ -199,7 +204,7 @@ class OPDModule(L.LightningModule):
 
     def _place_teacher(self) -> None:
         """Move the teacher to the device; it is no submodule, so Lightning leaves it alone."""
-        self.teacher.load(self.device, self._shared_vocabulary)
+        self.teacher.load(self.device, self._shared_vocabulary, self.sharding)
 
     on_validation_start = on_test_start = on_predict_start = _place_teacher
 
@@ -329,14 +334,21 @@ class OPDModule(L.LightningModule):
         The reads nest, teacher outside: under sharding a head is whole only inside its own forward.
         """
 
-        def with_teacher(teacher: Distribution) -> Any:
+        answers = []
+
+        def with_teacher(teacher: Distribution) -> None:
             if clock is not None:
                 clock.lap("teacher")
-            return self.student.read(
-                rollout, lambda student: reader(student, teacher), self.temperature
+            # not returned through the teacher's read: if that is sharded, a loss that it sees makes
+            # it gather its weights in the student's backward pass
+            answers.append(
+                self.student.read(
+                    rollout, lambda student: reader(student, teacher), self.temperature
+                )
             )
 
-        return self.teacher.read(rollout, with_teacher, self.temperature)
+        self.teacher.read(rollout, with_teacher, self.temperature)
+        return answers[0]
 
     def _loss(
         self,
@@ -364,8 +376,12 @@ class OPDModule(L.LightningModule):
         if self.mini_batches == 1 or not getattr(self.objective, "uses_old_logprobs", False):
             return rollout
         old = torch.zeros(rollout.input_ids.shape, device=self.device)
+        parts = micro_batch_rows(rollout, self.micro_batch_tokens)
+        # sharded weights are gathered by all ranks: those with fewer parts read empty ones
+        most = self._largest_of_ranks(len(parts))
+        parts += [torch.arange(0)] * (most - len(parts))
         with torch.no_grad():
-            for rows in micro_batch_rows(rollout, self.micro_batch_tokens):
+            for rows in parts:
                 part = rollout.select_rows(rows)
                 logprobs = self.student.read(
                     part, lambda student, part=part: student.logprobs(part.token_ids),

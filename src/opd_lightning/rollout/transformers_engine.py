@@ -18,6 +18,7 @@ from opd_lightning.rollout.cache import can_join, join_caches
 from opd_lightning.rollout.engine import RolloutEngine
 from opd_lightning.rollout.packing import packed_linears
 from opd_lightning.rollout.sampling import SamplingConfig, sample, uniforms
+from opd_lightning.sharding import gathered
 
 # A further forward call reads the weights again, which costs as much as this many prompt tokens
 # (40 M parameters on a CPU: 25 ms a call, 0.7 ms a token): padding above it is not computed.
@@ -67,7 +68,7 @@ class TransformersEngine(RolloutEngine):
         order = sorted(range(len(rows)), key=lambda i: len(prompt_ids[rows[i][0]]))
         batch = self.max_rows or max(1, len(rows))
         packed = packed_linears(policy.model) if self.pack_weights else nullcontext()
-        with _generating(policy), packed:
+        with _generating(policy), gathered(policy), packed:
             for start in range(0, len(rows), batch):
                 part = order[start : start + batch]
                 completions = self._decode(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd_lightning.distributions import Distribution
 from opd_lightning.distributions.base import Provides
 from opd_lightning.records import Rollout
+from opd_lightning.sharding import Sharding
 
 T = TypeVar("T")
 
@@ -40,8 +41,12 @@ class Teacher(ABC):
         """Return the rows of the teacher's head, before anything is cut."""
 
     @abstractmethod
-    def load(self, device: torch.device, vocab_size: int) -> None:
-        """Load the weights onto `device`; only the first `vocab_size` ids will be read."""
+    def load(self, device: torch.device, vocab_size: int, sharding: Sharding | None = None) -> None:
+        """Load the weights onto `device`; only the first `vocab_size` ids will be read.
+
+        Called again before each stage. `sharding` says over which processes the weights are sharded
+        and how; None: each process holds all of them.
+        """
 
     @abstractmethod
     def read(

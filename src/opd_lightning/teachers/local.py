@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from opd_lightning.distributions import TokenDistribution
 from opd_lightning.policy import CausalPolicy, DType, PolicySpec
 from opd_lightning.records import Rollout
+from opd_lightning.sharding import Sharding, load_policy
 from opd_lightning.teachers.base import Teacher
 
 T = TypeVar("T")
@@ -26,6 +27,7 @@ class LocalTeacher(Teacher):
         trust_remote_code: Whether the model's own Python files may run.
         revision: Branch, tag or commit of a hub name.
         packed: Whether rows are read behind one another without padding; see `CausalPolicy`.
+        allow_pickle: Whether weights may be read from `*.bin` files; see `PolicySpec`.
     """
 
     provides = "full"
@@ -39,6 +41,7 @@ class LocalTeacher(Teacher):
         trust_remote_code: bool = False,
         revision: str | None = None,
         packed: bool | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         self.spec = PolicySpec(
             path,
@@ -48,6 +51,7 @@ class LocalTeacher(Teacher):
             trust_remote_code=trust_remote_code,
             revision=revision,
             packed=packed,
+            allow_pickle=allow_pickle,
         )
         self.policy: CausalPolicy | None = None
 
@@ -63,15 +67,14 @@ class LocalTeacher(Teacher):
         """Return the vocabulary size of the teacher's config."""
         return self.spec.load_config().get_text_config().vocab_size
 
-    def load(self, device: torch.device, vocab_size: int) -> None:
+    def load(self, device: torch.device, vocab_size: int, sharding: Sharding | None = None) -> None:
         """Load the weights onto `device` and freeze them; a second call only moves them."""
         if self.policy is None:
-            model = self.spec.load()
-            self.policy = CausalPolicy(model, vocab_size=vocab_size, packed=self.spec.packed)
-            self.policy.requires_grad_(False).to(device)  # flash kernels are checked on the GPU
-            self.policy.check_head()
-            self.policy.check_packed()
-        self.policy.to(device)
+            self.policy = load_policy(
+                self.spec, device, sharding, vocab_size=vocab_size, frozen=True
+            )
+        if sharding is None:
+            self.policy.to(device)
 
     def read(
         self, rollout: Rollout, reader: Callable[[TokenDistribution], T], temperature: float = 1.0
