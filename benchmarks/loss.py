@@ -214,7 +214,7 @@ def run(
             size = {"tokens": tokens, "vocab": vocab, "threads": threads}
             peaks = {side: common.run_case(peak_case, side=side, **size) for side in sides}
             differences.append(check_pairs(peaks))
-            rounds = 3 if tokens * vocab < 2e8 else 1
+            rounds = 3 if tokens * vocab < 5e7 else 1
             seconds = common.run_case(
                 time_case, exact_memory=False, sides=sides, rounds=rounds, **size
             )

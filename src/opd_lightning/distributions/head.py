@@ -21,7 +21,7 @@ from opd_lightning.distributions.rows import WITH_GRADIENT
 
 # What one [C, V] tensor of a chunk may occupy; the student's and a teacher's are alive at once, in
 # memory that the next chunk uses again. Smaller chunks make the matrix products slow.
-CHUNK_BYTES = 80 * 2**20
+CHUNK_BYTES = 100 * 2**20
 # What one tensor may occupy of the block of rows that a row function sees at once: about ten are
 # alive, and on a CPU they stay in its cache. On a GPU launches would cost more than that.
 BLOCK_BYTES = {"cpu": 2 * 2**20, "other": 16 * 2**20}
