@@ -1,18 +1,22 @@
 """Tokens a second of `TransformersEngine` beside transformers' own `generate`, interleaved.
 
-    python benchmarks/rollout.py [--small] [--threads 2]        # on a GPU where there is one
+    python benchmarks/rollout.py [--small] [--threads 2] [--machinery]    # on a GPU if there is one
 
 One model, the same prompts, temperature, top-p and completion lengths on both sides. Even lengths:
 no end token, all rows run to the limit. Uneven lengths: every n-th id is an end token, so that the
 random model ends a completion at each token with probability 1/n; the median is about a quarter of
 the limit. The engine's lengths are then forced on `generate` by a stopping criterion, which costs
 it next to nothing. Before anything is timed, both must give the same greedy tokens.
+
+`--machinery` times what else could decode: the engine without packed weights, `generate` with a
+static cache, and continuous batching (rollout_batching.py).
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +58,7 @@ CASES = [
     Case("uneven", 1),
     Case("uneven", 4),
 ]
+MACHINERY_CASES = [Case("even", 1), Case("uneven", 1)]
 
 
 class EndAt(StoppingCriteria):
@@ -138,8 +143,14 @@ def check(policy: CausalPolicy, prompts: PromptBatch) -> None:
         raise common.BenchmarkError("the engine and generate differ in greedy tokens")
 
 
-def measure(case: Case, sizes: dict[str, int]) -> dict[str, Any]:
-    """Time one case on both sides; return settings, lengths, tokens a second and the ratio."""
+def measure(case: Case, sizes: dict[str, int], machinery: bool = False) -> dict[str, Any]:
+    """Time one case on both sides; return settings, lengths, tokens a second and the ratios.
+
+    Args:
+        case: The row of the table.
+        sizes: Rows, limit, longest prompt and rounds.
+        machinery: Time the other ways to decode as well.
+    """
     model = build(1.0 if case.top_p == 1 else SHARPNESS)
     policy, limit = CausalPolicy(model), sizes["limit"]
     prompts = prompts_of(sizes["rows"] // case.num_generations, sizes["longest_prompt"])
@@ -152,8 +163,9 @@ def measure(case: Case, sizes: dict[str, int]) -> dict[str, Any]:
         top_p=case.top_p, max_completion_length=limit, num_generations=case.num_generations
     )
     engine, seed, lengths = TransformersEngine(), 0, None
+    unpacked = TransformersEngine(pack_weights=False)
 
-    def ours() -> Rollout:
+    def ours(engine: TransformersEngine = engine) -> Rollout:
         return engine.generate(policy, prompts, sampling, seed)
 
     # the warm-up, until the lengths are spread as the case says
@@ -163,17 +175,20 @@ def measure(case: Case, sizes: dict[str, int]) -> dict[str, Any]:
             break
     model.generation_config.eos_token_id = None  # `generate` ends where it is told
 
-    def theirs() -> Tensor:
-        return by_generate(model, prompts, sampling, lengths)
+    def theirs(**settings: Any) -> Tensor:
+        return by_generate(model, prompts, sampling, lengths, **settings)
 
     def timed(work: Callable[[], Any], eos: list[int] | None) -> dict[str, float]:
         model.generation_config.eos_token_id = eos
         return common.measure(work)
 
-    results = common.interleave(
-        {"engine": lambda: timed(ours, ends), "generate": lambda: timed(theirs, None)},
-        sizes["rounds"],
-    )
+    sides = {"engine": lambda: timed(ours, ends), "generate": lambda: timed(theirs, None)}
+    if machinery:
+        static = partial(theirs, cache_implementation="static")
+        static()  # its warm-up
+        sides["engine, not packed"] = lambda: timed(partial(ours, unpacked), ends)
+        sides["generate, static cache"] = lambda: timed(static, None)
+    results = common.interleave(sides, sizes["rounds"])
     seconds = {name: [r["seconds"] for r in runs] for name, runs in results.items()}
     tokens = int(lengths.sum())
     return {
@@ -183,6 +198,8 @@ def measure(case: Case, sizes: dict[str, int]) -> dict[str, Any]:
         "longest": int(lengths.max()),
         "tokens_per_second": {name: tokens / median(runs) for name, runs in seconds.items()},
         "ratio": common.ratio(seconds["generate"], seconds["engine"]),
+        "ratios": {name: common.ratio(seconds["generate"], seconds[name]) for name in seconds},
+        "completion_lengths": lengths.tolist(),
     }
 
 
@@ -193,6 +210,45 @@ def run(small: bool, threads: int = 2) -> dict[str, Any]:
     return common.settings(
         {"small": small, "sizes": sizes, "cases": [measure(case, sizes) for case in CASES]}
     )
+
+
+def run_machinery(small: bool, threads: int = 2) -> dict[str, Any]:
+    """Time other ways to decode, over `generate`; return settings and results."""
+    from benchmarks import rollout_batching
+
+    torch.set_num_threads(threads)
+    sizes = SIZES[small] | {"threads": threads}
+    cases = [measure(case, sizes, machinery=True) for case in MACHINERY_CASES]
+    for case in cases:
+        try:
+            batching = common.run_case(
+                rollout_batching.against_generate,
+                exact_memory=False,
+                sizes=sizes,
+                lengths=case["completion_lengths"],
+            )
+        except common.BenchmarkError as error:
+            case["batching_failed"] = str(error).splitlines()[-1]
+        else:
+            case["ratios"]["continuous batching"] = batching["ratio"]
+            case["tokens_per_second"]["continuous batching"] = batching["tokens_per_second"]
+    bounds = rollout_batching.bounds(sizes)
+    return common.settings({"small": small, "sizes": sizes, "cases": cases, "bounds": bounds})
+
+
+def machinery_table(result: dict[str, Any]) -> str:
+    """Return tokens a second of each way to decode, and its speed over that of `generate`."""
+    rows = [
+        [case["lengths"], name, speed, case["ratios"][name]]
+        for case in result["cases"]
+        for name, speed in case["tokens_per_second"].items()
+    ]
+    for case in result["cases"]:
+        if "batching_failed" in case:
+            rows.append([case["lengths"], "continuous batching", case["batching_failed"], "-"])
+    settings = ", ".join(f"{name} {value}" for name, value in result["bounds"].items())
+    table = common.markdown(["lengths", "by", "tokens/s", "×"], rows)
+    return f"Continuous batching with {settings}.\n\n{table}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -232,7 +288,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="half the rows and tokens")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--machinery", action="store_true", help="other ways to decode instead")
     given = parser.parse_args()
+    if given.machinery:
+        print(machinery_table(run_machinery(given.small, given.threads)))
+        return
     print(table(run(given.small, given.threads)))
 
 
