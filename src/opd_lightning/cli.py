@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -15,7 +16,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from opd_lightning.callbacks import OPDProgressBar, PredictionWriter, RunSummary, run_loggers
+from opd_lightning.callbacks import (
+    OPDProgressBar,
+    PredictionWriter,
+    RunSummary,
+    StopOnSignal,
+    run_loggers,
+)
+from opd_lightning.callbacks.signals import refuse_foreign_checkpoint
 from opd_lightning.config_errors import explain
 from opd_lightning.data import OPDDataModule
 from opd_lightning.errors import ConfigError, OPDError, RunError, nearest
@@ -134,12 +142,16 @@ class OPDCLI(LightningCLI):
         if config.get("logger") in (None, True):
             kwargs["logger"] = run_loggers(config["default_root_dir"])
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # Lightning's, for a strategy or an accelerator
             raise ConfigError(f"the Trainer refuses its arguments: {error}") from error
+        if self.subcommand == "fit":
+            trainer.callbacks.append(StopOnSignal())  # behind those that save each few steps
+        return trainer
 
     def before_fit(self) -> None:
         """Hand the resolved configuration to the summary."""
+        refuse_foreign_checkpoint(self.trainer.default_root_dir, self.config["fit"]["ckpt_path"])
         resolved = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
         for callback in self.trainer.callbacks:
             if isinstance(callback, RunSummary):
@@ -158,7 +170,8 @@ def main(args: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         message, exit_code = _told(error)
-        print(f"opd: {message}", file=sys.stderr)
+        if message:
+            print(f"opd: {message}", file=sys.stderr)
         sys.exit(exit_code)
 
 
@@ -182,6 +195,13 @@ def _told(error: Exception) -> tuple[str, int]:
             f"the checkpoint is not one of model.student: {differences:.200}... Give the student "
             "that the run began with.",
             ConfigError.exit_code,
+        )
+    if re.search(r"Connection (reset|closed) by peer|ProcessGroup|NCCL", str(error)):
+        reason = str(error).partition("\n")[0]
+        return (
+            f"another rank ended while this one waited for it ({reason:.90}...). Look for that "
+            "rank's error; one that was killed without a word was most likely out of memory.",
+            1,
         )
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 

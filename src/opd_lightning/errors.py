@@ -1,6 +1,7 @@
 """What goes wrong, in two kinds: `ConfigError` before a run starts, `RunError` while it runs.
 
 Every message says what was wrong, the value seen, what to do, and the nearest valid names.
+`RunStopped` is no fault: a run was told to stop.
 """
 
 import difflib
@@ -21,6 +22,12 @@ class ConfigError(OPDError, ValueError):
 
 class RunError(OPDError, RuntimeError):
     """A run had to stop: a loss that is not finite, an engine that failed."""
+
+
+class RunStopped(OPDError):
+    """A run was told to stop, and did so in order; the message is empty on all ranks but one."""
+
+    exit_code = 0
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

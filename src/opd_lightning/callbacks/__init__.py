@@ -3,6 +3,7 @@
 from opd_lightning.callbacks.loggers import run_loggers
 from opd_lightning.callbacks.predictions import PredictionWriter
 from opd_lightning.callbacks.progress import OPDProgressBar
+from opd_lightning.callbacks.signals import StopOnSignal
 from opd_lightning.callbacks.summary import RunSummary
 
-__all__ = ["OPDProgressBar", "PredictionWriter", "RunSummary", "run_loggers"]
+__all__ = ["OPDProgressBar", "PredictionWriter", "RunSummary", "StopOnSignal", "run_loggers"]
