@@ -47,9 +47,11 @@ _ROOM_OF = {
     "OPDDataModule": "data",
     "OPDProgressBar": "callbacks",
     "PredictionWriter": "callbacks",
+    "RunCheckpoint": "callbacks",
     "RunSummary": "callbacks",
     "run_loggers": "callbacks",
     "OPDModule": "module",
+    "FSDP2Strategy": "strategy",
 }
 
 __all__ = ["__version__", *sorted(_ROOM_OF)]

@@ -36,8 +36,9 @@ from opd_lightning.policy import CausalPolicy, PolicySpec
 log = logging.getLogger("opd_lightning")
 
 ComputeDType = Literal["bfloat16", "float16", "float32"]
-# Methods inside which the weights of a policy's root (embedding, last norm, head) are whole.
-_FORWARDS = ("read", "check_head", "check_packed")
+# Methods inside which the weights of a policy's root (embedding, last norm, head) are whole, and
+# whether a backward pass may follow.
+_FORWARDS = {"read": True, "check_head": False, "check_packed": False}
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def shard_(policy: CausalPolicy, sharding: Sharding, frozen: bool) -> None:
         **settings,
     )
     policy.compute_device = sharding.device
-    for name in _FORWARDS:
-        _make_forward(policy, name, frozen)
+    for name, trains in _FORWARDS.items():
+        _make_forward(policy, name, trains and not frozen)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -175,8 +176,14 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def _make_forward(policy: CausalPolicy, name: str, frozen: bool) -> None:
-    """Make a method of the policy one that FSDP treats as a forward pass."""
+def _make_forward(policy: CausalPolicy, name: str, trains: bool) -> None:
+    """Make a method of the policy one that FSDP treats as a forward pass.
+
+    Args:
+        policy: Sharded.
+        name: Of the method.
+        trains: Whether a backward pass follows where gradients are enabled.
+    """
     register_fsdp_forward_method(policy, name)
     method = getattr(policy, name)
 
@@ -185,8 +192,9 @@ def _make_forward(policy: CausalPolicy, name: str, frozen: bool) -> None:
         try:
             return method(*args, **kwargs)
         finally:
-            if frozen or not torch.is_grad_enabled():
-                # No backward pass comes that would reshard the root. And what FSDP noted of this
+            if not (trains and torch.is_grad_enabled()):
+                # No backward pass comes that would reshard the root, whose parameters an optimiser
+                # or a checkpoint would then take for the sharded ones. And what FSDP noted of this
                 # pass must go: in a later backward pass it would gather these layers ahead, for
                 # nothing, and on those processes alone that noted it.
                 policy.reset_iter_state()
