@@ -344,8 +344,9 @@ def _stale(kept: Tensor | None, differentiable: bool) -> bool:
 
 
 def _finite_rows(values: Tensor, ignored: Tensor) -> Tensor:
-    """Put 0 for what is not finite in the ignored rows of `values` [N, ...]."""
-    return torch.where(ignored[:, None] & ~values.isfinite(), 0.0, values)
+    """Put 0 for what is not finite in the ignored rows of `values` [N, ...]; no copy if none is."""
+    broken = ignored[:, None] & ~values.isfinite()
+    return torch.where(broken, 0.0, values) if bool(broken.any()) else values
 
 
 def _check_temperature(temperature: float) -> None:
