@@ -43,7 +43,11 @@ from opd_lightning.tools.audit import (
 )
 from opd_lightning.tools.demo import demo
 from opd_lightning.tools.export import check_checkpoint, export
+from opd_lightning.tools.memory import as_json as memory_json
+from opd_lightning.tools.memory import as_table as memory_table
+from opd_lightning.tools.memory import estimate_memory
 from opd_lightning.tools.prune import prune
+from opd_lightning.tools.run_shape import Layout
 
 RUN_VERBS = ("fit", "validate", "test", "predict")
 
@@ -57,6 +61,7 @@ _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
   export     write the student of a checkpoint as a Hugging Face folder
   audit      what each objective's gradient follows, by enumeration; judges your own too
   study      where objectives land (landing); bias and variance by gamma and length (bigram)
+  memory     what each rank of a run will hold, from configs alone: opd memory --config … --gpus 8
   demo       write the quickstart's models
 
   --debug    with any verb: show the traceback of an error
@@ -156,6 +161,17 @@ class OPDCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, RunSummary):
                 callback.config = resolved
+
+
+class _ParsedRun(OPDCLI):
+    """Parses the arguments of `fit` and makes what they describe; no Trainer, and nothing runs."""
+
+    def instantiate_classes(self) -> None:
+        """Make module, data and rollout."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
 
 
 def main(args: list[str] | None = None) -> None:
@@ -291,11 +307,32 @@ def _study(args: list[str]) -> None:
         print(path)
 
 
+def _memory(args: list[str]) -> None:
+    parser = _Parser(
+        "opd memory",
+        description="What each rank of a run will hold, from configs alone: no weights are read.",
+        epilog="All other options are those of opd fit, such as --config and --model.objective.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gpus", type=int, help="processes; default: trainer.devices x num_nodes")
+    formats = {"table": memory_table, "json": memory_json}
+    parser.add_argument("--format", choices=formats, default="table")
+    given, rest = parser.parse_known_args(args)
+    if given.gpus is not None and given.gpus < 1:
+        raise ConfigError(f"--gpus must be at least 1; got {given.gpus}.")
+    run = _ParsedRun(["fit", *rest])
+    made = run.config_init["fit"]
+    layout = Layout.of_trainer(run.config["fit"]["trainer"].as_dict(), given.gpus)
+    estimate = estimate_memory(made["model"], made["data"], made["rollout"], layout)
+    print(formats[given.format](estimate))
+
+
 _TOOLS: dict[str, Callable[[list[str]], None]] = {
     "prune": _prune,
     "export": _export,
     "audit": _audit,
     "study": _study,
+    "memory": _memory,
     "demo": _demo,
 }
 

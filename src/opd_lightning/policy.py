@@ -95,7 +95,7 @@ class PolicySpec:
         Raises:
             ConfigError: If transformers cannot find or read it.
         """
-        self.check()
+        self._check_config()
         return self._from_hub(AutoConfig.from_pretrained)
 
     def load_tokenizer(self) -> Tokenizer:
@@ -104,7 +104,7 @@ class PolicySpec:
         Raises:
             ConfigError: If transformers cannot find or read it.
         """
-        self.check()
+        self._check_config()
         tokenizer = self._from_hub(AutoTokenizer.from_pretrained)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = tokenizer.eos_token_id
@@ -129,7 +129,9 @@ class PolicySpec:
         self._check_config()
         config = self._from_hub(AutoConfig.from_pretrained)
         options = self._loading_options() | {"trust_remote_code": self.trust_remote_code}
-        return self._prepared(AutoModelForCausalLM.from_config(config, **options))
+        model = AutoModelForCausalLM.from_config(config, **options)
+        model.tie_weights()  # which transformers skips where it is told not to initialise
+        return self._prepared(model)
 
     def _loading_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}

@@ -73,6 +73,14 @@ class GrowingLayer(DynamicLayer):
             setattr(self, name, self._buffers[i][:rows, :, :width])
 
 
+def grown(width: int, columns: int) -> int:
+    """Return the columns that `GrowingLayer`s filled with `width` have room for at `columns`."""
+    room = width + _BLOCK_TOKENS
+    while room < columns:
+        room += 1 + _BLOCK_TOKENS
+    return room
+
+
 def join_caches(
     config: PreTrainedConfig, width: int, parts: list[tuple[DynamicCache, Tensor]]
 ) -> DynamicCache:
