@@ -31,6 +31,7 @@ from opd_lightning.module import OPDModule
 from opd_lightning.objectives import known_objectives
 from opd_lightning.rollout import RolloutCallback
 from opd_lightning.study.bigram import bigram
+from opd_lightning.study.control import SEEDS, control
 from opd_lightning.study.landing import landing
 from opd_lightning.tools.audit import (
     as_json,
@@ -60,7 +61,8 @@ _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
   prune      make a smaller student by removing decoder layers
   export     write the student of a checkpoint as a Hugging Face folder
   audit      what each objective's gradient follows, by enumeration; judges your own too
-  study      where objectives land (landing); bias and variance by gamma and length (bigram)
+  study      where objectives land (landing); bias and variance by gamma and length (bigram);
+             what gamma costs a policy that moves along a line (control)
   memory     what each rank of a run will hold, from configs alone: opd memory --config … --gpus 8
   demo       write the quickstart's models
 
@@ -299,11 +301,23 @@ def _audit(args: list[str]) -> None:
 
 def _study(args: list[str]) -> None:
     parser = _Parser("opd study", description="Write a study's tables (CSV) and figures (PNG).")
-    studies = {"landing": landing, "bigram": bigram}
+    studies = {"landing": landing, "bigram": bigram, "control": control}
     parser.add_argument("name", choices=studies)
     parser.add_argument("--out", default="runs/study", help="folder to write; default: runs/study")
+    of_control = parser.add_argument_group("control alone")
+    of_control.add_argument(
+        "--stress", action="store_true", help="batches of 8 and learning rate 3e-2: it goes wrong"
+    )
+    of_control.add_argument(
+        "--seeds", type=int, metavar="N", help=f"how many; default: {len(SEEDS)}"
+    )
     given = parser.parse_args(args)
-    for path in studies[given.name](Path(given.out)):
+    options = {"stress": given.stress, "seeds": given.seeds}
+    options = {name: value for name, value in options.items() if value not in (None, False)}
+    if options and given.name != "control":
+        said = " and ".join(f"--{name}" for name in options)
+        raise ConfigError(f"opd study {given.name} has no {said}; only opd study control has.")
+    for path in studies[given.name](Path(given.out), **options):
         print(path)
 
 

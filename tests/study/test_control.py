@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opd_lightning.cli import main
 from opd_lightning.errors import ConfigError
 from opd_lightning.objectives.sampled_token import discounted_returns
+from opd_lightning.study import control as study
 from opd_lightning.study import control_policy
 from opd_lightning.study.control import (
     GAMMAS,
@@ -281,3 +283,26 @@ def test_a_setting_that_measures_nothing_is_refused():
         Setting(trajectories=4)
     with pytest.raises(ConfigError, match=r"iterations must be at least 80; got 79\. The last"):
         Setting(iterations=79)
+
+
+def test_the_verb_takes_the_version_and_the_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(study, "STRESS", Setting("stress", 8, 3e-2, 8, 2))
+    main(["study", "control", "--out", str(tmp_path), "--stress", "--seeds", "2"])
+    printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(printed) == sorted(tmp_path.iterdir())
+    assert {p.name for p in printed if p.suffix == ".png"} == {"control_stress.png"} | {
+        f"control_stress_{what}_{seed}.png" for what in ("variance", "visits") for seed in (42, 43)
+    }
+    summary = json.loads((tmp_path / "summary_stress.json").read_text())
+    assert (summary["setting"]["name"], summary["seeds"]) == ("stress", [42, 43])
+
+
+@pytest.mark.parametrize("options", [["--stress"], ["--seeds", "2"]])
+def test_no_other_study_takes_them(options: list[str], capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", "bigram", *options])
+    assert stopped.value.code == 2
+    wanted = f"opd study bigram has no {options[0]}; only opd study control has."
+    assert wanted in capsys.readouterr().err
