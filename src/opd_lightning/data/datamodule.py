@@ -40,8 +40,8 @@ class OPDDataModule(L.LightningDataModule):
 
     Args:
         train: Path of a `.jsonl`, `.json`, `.csv` or `.parquet` file, or a dataset for
-            `datasets.load_dataset` as `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`; None for no
-            training.
+            `datasets.load_dataset` as `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`, or
+            `task:NAME:NUMBER:SEED` for prompts of a task; None for no training.
         val: Same, for validation; None for none.
         test: Same, for testing; default `val`.
         predict: Same, for prediction; default `test`, then `val`.

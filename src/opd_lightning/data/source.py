@@ -5,6 +5,7 @@ from pathlib import Path
 from opd_lightning.data.files import READERS, read_file
 from opd_lightning.data.rows import PromptRow, Record
 from opd_lightning.errors import ConfigError, nearest
+from opd_lightning.tasks import TASKS
 
 
 class PromptSource:
@@ -15,10 +16,12 @@ class PromptSource:
         [PromptRow(index=0, where='prompts.jsonl:1', prompt='What is 2 + 3?', task='add', ...)]
 
     Args:
-        spec: Path of a `.jsonl`, `.json`, `.csv` or `.parquet` file, else what
-            `datasets.load_dataset` takes (a name on the Hugging Face hub or a local folder), as
-            `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`, for example `openai/gsm8k:main:test`; SPLIT
-            may be sliced (`train[:100]`). Without SPLIT the dataset must have one split only.
+        spec: `task:NAME:NUMBER` or `task:NAME:NUMBER:SEED` for prompts that a task makes itself,
+            such as `task:Arithmetic:1000`; else the path of a `.jsonl`, `.json`, `.csv` or
+            `.parquet` file, else what `datasets.load_dataset` takes (a name on the Hugging Face hub
+            or a local folder), as `NAME`, `NAME:SPLIT` or `NAME:CONFIG:SPLIT`, for example
+            `openai/gsm8k:main:test`; SPLIT may be sliced (`train[:100]`). Without SPLIT the dataset
+            must have one split only.
         prompt_column: Column that holds the prompt; default `prompt`, else `messages`.
     """
 
@@ -43,6 +46,8 @@ class PromptSource:
         return rows
 
     def _records(self) -> list[Record]:
+        if self.spec.startswith("task:"):
+            return _prompts_of_task(self.spec)
         path = Path(self.spec).expanduser()
         if path.is_file():
             return read_file(path)
@@ -59,6 +64,17 @@ def _check_all_or_no_completions(rows: list[PromptRow]) -> None:
             "rows have one. Give all rows of a split a completion (off-policy), or none "
             "(on-policy)."
         )
+
+
+def _prompts_of_task(spec: str) -> list[Record]:
+    name, *numbers = spec.removeprefix("task:").split(":")
+    if len(numbers) not in (1, 2) or not all(n.isdecimal() for n in numbers) or numbers[0] == "0":
+        raise ConfigError(
+            f"{spec!r} is not task:NAME:NUMBER or task:NAME:NUMBER:SEED with a number of prompts "
+            "of at least 1, for example task:Arithmetic:1000."
+        )
+    rows = TASKS.resolve(name)().prompts(*map(int, numbers))
+    return [Record(i, f"{spec}[{i}]", row) for i, row in enumerate(rows)]
 
 
 def _nearest_path(path: Path) -> str:
