@@ -24,7 +24,7 @@ TABLE: dict[str, set[str]] = {
     "data": {"records", "tasks"},
     "tasks": {"records"},
     "metrics": {"records", "distributions"},
-    "callbacks": {"records", "rollout", "metrics"},
+    "callbacks": {"records", "distributions", "rollout", "metrics"},
     # the four of the table, and what these four are themselves made of
     "module": {"policy", "objectives", "weighting", "teachers", "records", "distributions"},
     "study": {"records", "distributions", "objectives", "weighting"},

@@ -13,9 +13,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from opd_lightning import checks, memory
+from opd_lightning.checkpoints import AnyCheckpointIO
 from opd_lightning.distributions import Distribution, TokenDistribution
 from opd_lightning.errors import ConfigError
 from opd_lightning.metrics import StepClock, TokenMeans, completion_measures, on_policy_measures
@@ -134,6 +136,8 @@ class OPDModule(L.LightningModule):
         self._tokenizer: Tokenizer | None = None
         self._shared_vocabulary: int | None = None
         self._evaluation = TokenMeans()
+        # each is shown what an update reads: `observe(rollout, student, teacher, weights)`
+        self.observers: list[Any] = []
 
     # ------------------------------------------------------------------------------- set-up
 
@@ -160,6 +164,9 @@ class OPDModule(L.LightningModule):
             sizes = size, self.teacher.vocab_size()
             size = shared_vocabulary(self.tokenizer, teacher_tokenizer, *sizes)
         self._shared_vocabulary = size
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AnyCheckpointIO()
+        checks.check_strategy(self.trainer.strategy)
         checks.check_objective(self.objective, self.teacher, size)
         checks.check_precision(self.trainer.precision)
         callback = checks.find_rollout_callback(self.trainer)
@@ -362,6 +369,8 @@ class OPDModule(L.LightningModule):
         mask = combined_weight(self.token_weights, rollout, student, teacher)
         weights = mask * self.reduction.scale(rollout, update.size)
         output = self.objective(student, teacher, rollout, weights)
+        for observer in self.observers:
+            observer.observe(rollout, student, teacher, mask)
         measures = output.metrics
         if self.metrics_every and (self.global_step + 1) % self.metrics_every == 0:
             measures = measures | on_policy_measures(student, teacher, rollout)
