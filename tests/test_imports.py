@@ -37,6 +37,7 @@ PARTS: dict[str, set[str]] = {
     "strategy": {"sharding"},
     "updates": {"records", "weighting"},
     "memory": {"records"},
+    "resume": {"callbacks"},
     "predictions": {"records", "policy"},
     "checks": {"records", "objectives", "teachers", "rollout"},
     "config_errors": {"objectives", "weighting", "teachers", "rollout"},

@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from opd_lightning.callbacks import (
     OPDProgressBar,
     PredictionWriter,
+    RunCheckpoint,
     RunSummary,
     StopOnSignal,
     run_loggers,
@@ -29,6 +30,18 @@ from opd_lightning.data import OPDDataModule
 from opd_lightning.errors import ConfigError, OPDError, RunError, nearest
 from opd_lightning.module import OPDModule
 from opd_lightning.objectives import known_objectives
+from opd_lightning.resume import (
+    Resume,
+    begin,
+    check_given_checkpoint,
+    check_identity,
+    find_start,
+    identity_of,
+    is_finished,
+    nested_arguments,
+    nested_settings,
+    run_version,
+)
 from opd_lightning.rollout import RolloutCallback
 from opd_lightning.study.bigram import bigram
 from opd_lightning.study.control import SEEDS, control
@@ -70,6 +83,13 @@ _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
 """
 
 
+class _RunParser(LightningArgumentParser):
+    """Takes `resume: auto` in a configuration file for `resume: {mode: auto}`."""
+
+    def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._apply_actions(nested_settings(cfg), *args, **kwargs)
+
+
 class OPDCLI(LightningCLI):
     """LightningCLI for OPDModule and OPDDataModule, with the rollout as an argument of its own."""
 
@@ -77,7 +97,8 @@ class OPDCLI(LightningCLI):
         super().__init__(
             OPDModule,
             OPDDataModule,
-            args=args,
+            args=nested_arguments(args),
+            parser_class=_RunParser,
             parser_kwargs={verb: {"exit_on_error": False} for verb in RUN_VERBS}
             | {"exit_on_error": False},
             auto_configure_optimizers=False,
@@ -101,7 +122,18 @@ class OPDCLI(LightningCLI):
             default={"class_path": "opd_lightning.RolloutCallback"},
             help="How the student's completions are made; null trains on the dataset's own.",
         )
+        parser.add_argument(
+            "--resume",
+            type=Resume,
+            default=Resume(),
+            help="Whether fit goes on where a run stopped: never, auto, or a path.",
+        )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's; checkpoints are always loaded with `weights_only=True`."""
+        return {k: v | {"weights_only"} for k, v in LightningCLI.subcommands().items()}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse, and check that a named checkpoint is there.
@@ -146,8 +178,12 @@ class OPDCLI(LightningCLI):
             self.subcommand, []
         )
         kwargs["callbacks"] = callbacks
+        if self.subcommand == "fit" and config.get("enable_checkpointing") is not False:
+            callbacks += [] if _has(callbacks, RunCheckpoint) else [RunCheckpoint()]
         if config.get("logger") in (None, True):
-            kwargs["logger"] = run_loggers(config["default_root_dir"])
+            root = config["default_root_dir"]
+            version = run_version(self.resume, Path(root)) if self.subcommand == "fit" else None
+            kwargs["logger"] = run_loggers(root, version)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # Lightning's, for a strategy or an accelerator
@@ -157,12 +193,67 @@ class OPDCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Hand the resolved configuration to the summary."""
+        """Find where to begin; hand the resolved configuration to those who keep it."""
         refuse_foreign_checkpoint(self.trainer.default_root_dir, self.config["fit"]["ckpt_path"])
         resolved = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_none=False))
+        identity = identity_of(resolved)
+        self._begin(identity)
         for callback in self.trainer.callbacks:
             if isinstance(callback, RunSummary):
                 callback.config = resolved
+            if isinstance(callback, RunCheckpoint):
+                callback.identity, callback.until = identity, self._limits
+
+    def _begin(self, identity: dict[str, Any]) -> None:
+        """Choose the checkpoint, and cut the run folder back to it.
+
+        Raises:
+            ConfigError: If it is that of another run, or the one asked for is not whole.
+        """
+        trainer, given = self.trainer, self.config["fit"].get("ckpt_path")
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._limits = [trainer.max_steps, trainer.max_epochs]
+        start = find_start(self.resume, folder, self._limits)
+        if start.checkpoint is not None:
+            allowed = self.resume.allow_change
+            check_identity(start.facts["identity"], identity, start.checkpoint, allowed)
+            if is_finished(start.facts, self._limits):
+                print(
+                    f"{folder} holds this run, finished after {start.facts['step']} steps. Raise "
+                    "trainer.max_steps to go on, or begin a new run with --resume never."
+                )
+                sys.exit(0)
+            print(f"resuming {folder} at step {start.facts['step']}")
+        elif given and Path(given).exists():
+            check_given_checkpoint(Path(given), identity, self.resume.allow_change)
+        self._start = start
+        if self.resume.mode != "never" and trainer.is_global_zero:
+            begin(folder, start, identity)
+
+    @property
+    def resume(self) -> Resume:
+        """What was asked for."""
+        return Resume(**vars(self.config["fit"]["resume"]))
+
+    def fit(self, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Train, from the run's own checkpoint where it has one."""
+        self.trainer.fit(ckpt_path=self._start.checkpoint or ckpt_path, weights_only=True, **kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure; nothing in a checkpoint is executed."""
+        self.trainer.validate(weights_only=True, **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure on the test prompts."""
+        self.trainer.test(weights_only=True, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write completions."""
+        self.trainer.predict(weights_only=True, **kwargs)
+
+
+def _has(callbacks: Sequence[Any], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
 
 
 class _ParsedRun(OPDCLI):

@@ -48,6 +48,8 @@ class PolicySpec:
         trust_remote_code: Whether the model's own Python files may run.
         revision: Branch, tag or commit of a hub name.
         packed: Whether rows are read behind one another without padding; see `CausalPolicy`.
+        allow_pickle: Whether weights may be read from `*.bin` files, which are pickles, where a
+            model has no safetensors.
     """
 
     path: str
@@ -59,6 +61,7 @@ class PolicySpec:
     trust_remote_code: bool = False
     revision: str | None = None
     packed: bool | None = None
+    allow_pickle: bool = False
 
     def check(self) -> None:
         """Refuse a local folder that holds no model.
@@ -68,7 +71,16 @@ class PolicySpec:
         """
         self._check_config()
         folder = Path(self.path)
-        if folder.exists() and not (any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+        if not folder.exists() or any(folder.glob("*.safetensors")):
+            return
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        if pickles and not self.allow_pickle:
+            raise ConfigError(
+                f"model folder {self.path!r} has no safetensors, but {pickles[0]}: a pickle, "
+                "which is less safe to load. Save the model as safetensors (save_pretrained does), "
+                "or set allow_pickle: true."
+            )
+        if not pickles:
             raise ConfigError(
                 f"model folder {self.path!r} has no weights (*.safetensors). Was the download or "
                 "the export interrupted? Write the folder again."
@@ -118,7 +130,10 @@ class PolicySpec:
         """
         self.check()
         load = AutoModelForCausalLM.from_pretrained
-        return self._prepared(self._from_hub(load, **self._loading_options()))
+        options = self._loading_options()
+        if not self.allow_pickle:
+            options["use_safetensors"] = True
+        return self._prepared(self._from_hub(load, **options))
 
     def build(self) -> PreTrainedModel:
         """Return the model on torch's default device, from its config.json alone: no weights read.

@@ -77,8 +77,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "default_root_dir": str(folder / "runs"),
             "callbacks": [
                 {
-                    "class_path": "ModelCheckpoint",
-                    "init_args": {"every_n_train_steps": 2, "save_last": True},
+                    "class_path": "RunCheckpoint",
+                    "init_args": {"every_n_steps": 2},
                 }
             ],
         },
