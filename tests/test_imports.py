@@ -24,7 +24,7 @@ TABLE: dict[str, set[str]] = {
     "data": {"records", "tasks"},
     "tasks": {"records"},
     "metrics": {"records", "distributions"},
-    "callbacks": {"records", "distributions", "rollout", "metrics"},
+    "callbacks": {"records", "distributions", "rollout", "metrics", "tasks"},
     # the four of the table, and what these four are themselves made of
     "module": {"policy", "objectives", "weighting", "teachers", "records", "distributions"},
     "study": {"records", "distributions", "objectives", "weighting"},
@@ -40,7 +40,7 @@ PARTS: dict[str, set[str]] = {
     "resume": {"callbacks"},
     "predictions": {"records", "policy"},
     "checks": {"records", "objectives", "teachers", "rollout"},
-    "config_errors": {"objectives", "weighting", "teachers", "rollout"},
+    "config_errors": {"objectives", "weighting", "teachers", "rollout", "tasks"},
 }
 FURTHER: dict[str, set[str]] = {
     "teachers": {"sharding"},

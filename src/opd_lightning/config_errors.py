@@ -19,6 +19,7 @@ from opd_lightning.objectives.registry import (
     unknown_objective,
 )
 from opd_lightning.rollout import RolloutEngine
+from opd_lightning.tasks import Task
 from opd_lightning.teachers import Teacher
 from opd_lightning.weighting import Reduction, TokenWeight
 
@@ -29,6 +30,7 @@ _BASES = {
     "teacher": Teacher,
     "weights": TokenWeight,
     "reduction": Reduction,
+    "tasks": Task,
     "engine": RolloutEngine,
     "callbacks": Callback,
     "optimizer": torch.optim.Optimizer,
