@@ -20,6 +20,21 @@ def _values(rows: Sequence[Row], key: str, **where: object) -> list[float]:
     return [float(r[key]) for r in rows if all(r[name] == v for name, v in where.items())]
 
 
+def _log_scale(axes: Axes) -> None:
+    """Make the vertical axis logarithmic; what overflowed has no place on it."""
+    heights = []
+    for line in axes.lines:
+        y = np.asarray(line.get_ydata(), dtype=float)
+        line.set_ydata(np.where(np.isfinite(y) & (y > 0), y, np.nan))
+        heights.append(line.get_ydata())
+    if np.isnan(heights).all():
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "all overflowed", ha="center", transform=axes.transAxes)
+    else:
+        axes.relim()
+        axes.set_yscale("log")
+
+
 def _gammas(rows: Sequence[Row]) -> list[float]:
     return sorted({float(row["gamma"]) for row in rows})
 
@@ -46,7 +61,7 @@ def draw_variances(curves: Sequence[Row], title: str, path: Path) -> Path:
                 linewidth=1.3,
                 label=f"{gamma:g}",
             )
-        axes.set_yscale("log")
+        _log_scale(axes)
         axes.set(
             xlabel="iteration", title=f"{task}: from {start:+g} to {goal:+g}".replace("-", "−")
         )
@@ -151,7 +166,7 @@ def draw_summary(
             axes.plot(gammas, means, **style)
     for axes in panels:
         axes.set(xlabel="γ", xticks=[0, 0.25, 0.5, 0.75, 1])
-        axes.set_yscale("log")
+        _log_scale(axes)
         tidy(axes)
     panels[0].legend(frameon=False)
     figure.suptitle(f"What γ costs, {name}: means over the two tasks")
