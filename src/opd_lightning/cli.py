@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from opd_lightning.callbacks import (
+    Evaluate,
     OPDProgressBar,
     PredictionWriter,
     RunCheckpoint,
@@ -55,6 +56,9 @@ from opd_lightning.tools.audit import (
     objective_from,
     write_page,
 )
+from opd_lightning.tools.compare import as_json as comparison_json
+from opd_lightning.tools.compare import as_table as comparison_table
+from opd_lightning.tools.compare import compare
 from opd_lightning.tools.demo import demo
 from opd_lightning.tools.export import check_checkpoint, export
 from opd_lightning.tools.memory import as_json as memory_json
@@ -71,6 +75,7 @@ _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
   validate   measure a student or a checkpoint on the held-out prompts
   test       the same on the test prompts
   predict    write completions with student and teacher log-probabilities as JSON lines
+  compare    two checkpoints or model folders on the same prompts: opd compare A B --config run.yaml
   prune      make a smaller student by removing decoder layers
   export     write the student of a checkpoint as a Hugging Face folder
   audit      what each objective's gradient follows, by enumeration; judges your own too
@@ -432,7 +437,40 @@ def _memory(args: list[str]) -> None:
     print(formats[given.format](estimate))
 
 
+def _compare(args: list[str]) -> None:
+    parser = _Parser(
+        "opd compare",
+        description="Score two students on the same prompts, and how sure their difference is.",
+        epilog="All other options are those of opd fit, such as --config and --data.test. How to "
+        "sample and score is that of the Evaluate callback among trainer.callbacks, if there is "
+        "one.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", help="a checkpoint of opd fit, or a Hugging Face folder")
+    parser.add_argument("second", help="the same; differences are second minus first")
+    parser.add_argument("--num-samples", type=int, help="completions a prompt; default: 4")
+    parser.add_argument("--out", type=Path, help="folder for the completions and comparison.json")
+    formats = {"table": comparison_table, "json": comparison_json}
+    parser.add_argument("--format", choices=formats, default="table")
+    given, rest = parser.parse_known_args(args)
+    made = _ParsedRun(["fit", *rest]).config_init["fit"]
+    found = [c for c in made["trainer"]["callbacks"] or [] if isinstance(c, Evaluate)]
+    if found and given.num_samples is not None:
+        raise ConfigError(
+            f"--num-samples {given.num_samples}, but the configuration has an Evaluate callback. "
+            "Set its num_samples."
+        )
+    evaluate = found[0] if found else Evaluate(num_samples=given.num_samples or 4)
+    rollout = made["rollout"]
+    if rollout is not None:
+        rollout.seed = int(made["seed_everything"])
+    names = given.first, given.second
+    findings = compare(*names, made["model"], made["data"], rollout, evaluate, given.out)
+    print(formats[given.format](*names, findings, evaluate))
+
+
 _TOOLS: dict[str, Callable[[list[str]], None]] = {
+    "compare": _compare,
     "prune": _prune,
     "export": _export,
     "audit": _audit,

@@ -9,6 +9,7 @@ from opd_lightning.callbacks.signals import StopOnSignal
 from opd_lightning.callbacks.summary import RunSummary
 
 __all__ = [
+    "Evaluate",
     "OPDProgressBar",
     "PredictionWriter",
     "RunCheckpoint",
