@@ -452,6 +452,13 @@ def _compare(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="folder for the completions and comparison.json")
     formats = {"table": comparison_table, "json": comparison_json}
     parser.add_argument("--format", choices=formats, default="table")
+    names_first = len(args) > 1 and not any(arg.startswith("-") for arg in args[:2])
+    if not names_first and not {"-h", "--help"} & set(args):
+        # behind an option of opd fit, its value would be taken for a student
+        raise ConfigError(
+            f"opd compare takes the two students first: opd compare A B --config run.yaml; got "
+            f"{' '.join(args[:2]) or 'nothing'}."
+        )
     given, rest = parser.parse_known_args(args)
     made = _ParsedRun(["fit", *rest]).config_init["fit"]
     found = [c for c in made["trainer"]["callbacks"] or [] if isinstance(c, Evaluate)]

@@ -56,7 +56,8 @@ def opd(world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.syspath_prepend(str(world))
 
     def run(*args: str, code: int | None = None) -> str:
-        line = [args[0], "--config", str(world / "run.yaml"), *args[1:]]
+        first = 3 if args[0] == "compare" else 1
+        line = [*args[:first], "--config", str(world / "run.yaml"), *args[first:]]
         monkeypatch.setattr(sys, "argv", ["opd", *line])
         if code is None:
             main(line)
@@ -116,6 +117,7 @@ def test_refuses(opd: Any, world: Path):
     a = str(world / "a")
     assert "'nothing' is neither a checkpoint nor" in opd("compare", a, "nothing", code=2)
     assert "Set its num_samples" in opd("compare", a, a, "--num-samples", "2", code=2)
+    assert "the two students first" in opd("compare", a, "--num-samples", "2", code=2)
     wrong = ("--rollout.tasks", '{"vowels": "Arithmetik"}')
     message = opd("compare", a, a, *wrong, code=2)
     assert "Arithmetik" in message and "Did you mean Arithmetic?" in message
