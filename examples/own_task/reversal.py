@@ -1,10 +1,9 @@
 """A task and an environment of one's own: words written backwards."""
 
 import random
+from string import ascii_lowercase as LETTERS
 
 from opd_lightning import Environment, Task, Turn
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 class Reversal(Task):
@@ -20,10 +19,9 @@ class Reversal(Task):
         return [{"prompt": f"Reverse {w}.", "answer": w[::-1], "task": "Reversal"} for w in words]
 
     def score(self, completion: str, answer: str | None) -> float:
-        """Return the share of letters that are right, 0 where their number is wrong."""
-        said = completion.strip()
-        right = sum(a == b for a, b in zip(said, answer, strict=False))
-        return right / len(answer) if len(said) == len(answer) else 0.0
+        """Return the share of letters that are right."""
+        right = [a == b for a, b in zip(completion.strip(), answer, strict=False)]
+        return sum(right) / max(len(completion.strip()), len(answer))
 
 
 class Spelling(Environment):
@@ -36,6 +34,6 @@ class Spelling(Environment):
 
     def step(self, text: str) -> Turn:
         """Take a letter."""
-        right = text.strip() == self.left.pop()
-        done = not right or not self.left
-        return Turn("Right." if right else "Wrong.", float(right and done), done)
+        if text.strip() != self.left.pop():
+            return Turn("Wrong.", 0.0, True)
+        return Turn("Right.", float(not self.left), not self.left)

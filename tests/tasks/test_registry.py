@@ -51,6 +51,7 @@ def test_the_example_by_dotted_path(monkeypatch: pytest.MonkeyPatch):
     assert task.score(row["answer"], row["answer"]) == 1.0
     assert task.score("xyzw", row["answer"]) == 0.0
     assert task.score(row["answer"][:2] + "?", row["answer"]) == pytest.approx(2 / 3)
+    assert len((EXAMPLE / "reversal.py").read_text().splitlines()) < 40
     episode = ENVIRONMENTS.resolve("reversal.Spelling")()
     word = episode.reset(5).split()[1]
     turns = [episode.step(letter) for letter in reversed(word)]
