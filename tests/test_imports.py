@@ -34,7 +34,8 @@ TABLE: dict[str, set[str]] = {
 # metrics that module.py logs.
 PARTS: dict[str, set[str]] = {
     "sharding": {"policy"},
-    "strategy": {"sharding"},
+    "checkpoints": set(),
+    "strategy": {"sharding", "checkpoints"},
     "updates": {"records", "weighting"},
     "memory": {"records"},
     "resume": {"callbacks"},
@@ -45,7 +46,7 @@ PARTS: dict[str, set[str]] = {
 FURTHER: dict[str, set[str]] = {
     "teachers": {"sharding"},
     "rollout": {"sharding"},
-    "module": {"metrics", "sharding", "updates", "memory", "predictions", "checks"},
+    "module": {"metrics", "checkpoints", "sharding", "updates", "memory", "predictions", "checks"},
 }
 
 WHOLE = set(TABLE) | set(PARTS)

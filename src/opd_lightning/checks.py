@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from opd_lightning.errors import ConfigError, RunError
 from opd_lightning.objectives import Objective, ObjectiveOutput
@@ -83,6 +84,20 @@ def check_mini_batches(
             f"model.mini_batches={mini_batches} must divide the {rows} completions that each rank "
             f"has in a round (data.prompts_per_step={prompts_per_step} * num_generations="
             f"{generations} / {ranks} ranks). Change one of them."
+        )
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse a strategy under which results would be wrong, or that shards by other means.
+
+    Raises:
+        ConfigError: If it is neither on one device, nor DDP, nor FSDP2Strategy.
+    """
+    sharded = getattr(strategy, "sharding", None) is not None
+    if not (sharded or isinstance(strategy, SingleDeviceStrategy | DDPStrategy)):
+        raise ConfigError(
+            f"trainer.strategy {type(strategy).__name__} is not supported. Take auto (one device), "
+            "ddp, or opd_lightning.FSDP2Strategy, which shards student and teacher."
         )
 
 

@@ -1,11 +1,22 @@
 """FSDP2 as a Lightning strategy, whose options say how OPDModule shards its models."""
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
 
+from opd_lightning.checkpoints import is_sharded, named, numbered
 from opd_lightning.errors import ConfigError
 from opd_lightning.sharding import ComputeDType, Sharding
 
@@ -89,6 +100,36 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().model_to_device()
             return
         self.lightning_module._device = self.root_device
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimiser's state; for one file as a run on one device writes it, rank 0's."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        return numbered(state) if self.is_global_zero else {}
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file or a folder of shards, of any number of processes; always `weights_only`."""
+        path = Path(self.broadcast(checkpoint_path))
+        if is_sharded(path):
+            return super().load_checkpoint(path, weights_only=True)
+        # mapped, not read: of each tensor rank 0 reads what it hands out
+        saved = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        strict = self.lightning_module.strict_loading
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+        weights = saved.pop("state_dict")
+        set_model_state_dict(self.model, weights if self.is_global_zero else {}, options=options)
+        for optimizer, state in zip(
+            self.optimizers, saved.pop("optimizer_states", []), strict=False
+        ):
+            by_name = named(state, self.model, optimizer)
+            set_optimizer_state_dict(self.model, optimizer, by_name, options=options)
+        return saved
 
 
 StrategyRegistry.register(

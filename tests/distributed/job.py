@@ -35,6 +35,7 @@ SETTINGS = {
     "optimizer": partial(torch.optim.AdamW, lr=3e-3, eps=1e-4),
     "micro_batch_tokens": 64,
     "max_grad_norm": CLIP,
+    "metrics_every": 2,
 }
 
 
@@ -114,7 +115,7 @@ def run(case: Case, folder: Path, place: Path, processes: int) -> dict[str, Any]
             "max_steps": UPDATES * module.mini_batches,
             "max_epochs": -1,
             "limit_val_batches": 2,
-            "val_check_interval": 2,
+            "val_check_interval": 4,
             "check_val_every_n_epoch": None,
             "logger": csv_logger(folder),
         },
@@ -149,13 +150,14 @@ def main(folder: Path, rank: int, processes: int, names: list[str]) -> None:
     torch.save(ends, folder / f"rank{rank}.pt")
 
 
+def join(rank: str, processes: str, port: str) -> None:
+    """Tell Lightning that this process is one of several on this machine."""
+    if processes != "1":
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {"LOCAL_RANK": rank, "NODE_RANK": "0", **address}
+
+
 if __name__ == "__main__":
     folder, rank, processes, port, *names = sys.argv[1:]
-    if int(processes) > 1:
-        os.environ |= {
-            "LOCAL_RANK": rank,
-            "NODE_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
+    join(rank, processes, port)
     main(Path(folder), int(rank), int(processes), names)

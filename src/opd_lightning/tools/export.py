@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from opd_lightning import checkpoints
+from opd_lightning.callbacks.whole import check_sharded
 from opd_lightning.errors import ConfigError, nearest
 from opd_lightning.policy import CausalPolicy, PolicySpec, export_policy
 
@@ -21,7 +23,7 @@ def export(checkpoint: str, out: str, model: str | None = None) -> Path:
     """Write the student of a checkpoint as a Hugging Face folder.
 
     Args:
-        checkpoint: A `.ckpt` file of `opd fit`.
+        checkpoint: A `.ckpt` file or folder of `opd fit`.
         out: Folder to write; must not hold a model already.
         model: Folder whose tokenizer and generation config are copied; default: the one that the
             run started from.
@@ -48,10 +50,12 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         ConfigError: If there is none at `path`, or it is not one of this package.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"checkpoint {path!r} is not a file.{_near(path)} {_WHERE}")
     check_checkpoint(path)
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if Path(path).is_dir():
+        if not checkpoints.is_sharded(path):
+            raise ConfigError(f"checkpoint {path!r} is a folder without shards. {_WHERE}")
+        check_sharded(Path(path))
+    saved = checkpoints.load_checkpoint(path)
     if "opd_lightning" not in saved:
         keys = [str(key) for key in saved][:_KEYS_SHOWN]
         raise ConfigError(
