@@ -289,11 +289,14 @@ class CausalPolicy(nn.Module):
 
     def _distribution(self, hidden: Tensor, temperature: float) -> TokenDistribution:
         head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if self.vocab_size < len(weight):  # a slice's backward pass copies the whole gradient
+            weight = weight[: self.vocab_size]
+            bias = None if bias is None else bias[: self.vocab_size]
         return TokenDistribution.from_hidden(
             hidden,
-            head.weight[: self.vocab_size],
-            None if bias is None else bias[: self.vocab_size],
+            weight,
+            bias,
             temperature=temperature,
             **head_settings(self.model.config),
         )
