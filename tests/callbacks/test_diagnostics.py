@@ -41,10 +41,10 @@ def measured(folder: Path, step: int) -> dict:
 
 def test_files_and_log_keys_of_the_due_steps(tmp_path: Path, models: Path):
     batches = [answered(LENGTHS, seed=seed) for seed in range(5)]
-    run(tmp_path, models, Diagnostics(every=3, k=4, watch=["five"]), batches)
+    run(tmp_path, models, Diagnostics(every=3, k=4, watch=["five"], figures_every=5), batches)
     found = sorted(path.name for path in (tmp_path / "run" / "diagnostics").iterdir())
     figures = ["offending_tokens.png", "positions.png", "sampled_tokens.png"]
-    for step in (1, 4):  # the first, and each third from there
+    for step in (1, 4):  # the first and the last of those measured
         assert {f"step_{step:06d}_{figure}" for figure in figures} < set(found)
     assert [name for name in found if name.endswith(".json")] == [
         "step_000001.json",
@@ -66,7 +66,7 @@ def test_micro_batches_change_no_measure(tmp_path: Path, models: Path, micro_bat
     found = {}
     for name, budget in (("whole", None), ("split", micro_batch_tokens)):
         batch = [answered(LENGTHS)]
-        callback = Diagnostics(every=1, k=4, figures=False)
+        callback = Diagnostics(every=1, k=4, figures_every=0)
         run(tmp_path / name, models, callback, batch, micro_batch_tokens=budget)
         found[name] = measured(tmp_path / name, 1)
     split = found["split"]["measures"]
@@ -81,10 +81,11 @@ def test_micro_batches_change_no_measure(tmp_path: Path, models: Path, micro_bat
 
 def test_only_the_first_update_of_a_round_is_measured(tmp_path: Path, models: Path):
     batches = [answered(LENGTHS, seed=seed) for seed in range(3)]
-    callback = Diagnostics(every=4, k=4, figures=False)
+    callback = Diagnostics(every=4, k=4, figures_every=0)
     run(tmp_path, models, callback, batches, mini_batches=2, max_steps=6)
     files = sorted(path.name for path in (tmp_path / "run" / "diagnostics").glob("*.json"))
     assert files == ["step_000001.json", "step_000005.json"]
+    assert sum(bucket["tokens"] for bucket in measured(tmp_path, 1)["by_position"]) == 9 + 4
 
 
 def test_training_is_that_without_diagnostics(tmp_path: Path, models: Path):
@@ -92,7 +93,7 @@ def test_training_is_that_without_diagnostics(tmp_path: Path, models: Path):
     for every in (1, 1000):
         torch.manual_seed(0)
         batches = [answered(LENGTHS, seed=seed) for seed in range(3)]
-        callback = Diagnostics(every=every, k=4, figures=False)
+        callback = Diagnostics(every=every, k=4, figures_every=0)
         trainer = run(tmp_path / str(every), models, callback, batches)
         weights.append(trainer.lightning_module.student.state_dict())
     for name, value in weights[0].items():
@@ -109,7 +110,7 @@ def test_a_mismatch_is_told_with_what_to_do(
         batch.rollout.input_ids[:, -2] = token
     opd = module(models)
     logger = CSVLogger(tmp_path, name="", version="run")
-    callback = Diagnostics(every=1, k=4, figures=False)
+    callback = Diagnostics(every=1, k=4, figures_every=0)
     trainer = L.Trainer(
         **QUIET | {"logger": logger, "callbacks": [callback, _Bend(token)]},
         max_steps=2,
@@ -146,10 +147,10 @@ def test_a_collapsed_run_is_ended_if_asked(tmp_path: Path, models: Path):
     batches = [answered((20, 20), seed=seed) for seed in range(6)]
     for batch in batches:
         batch.rollout.input_ids[batch.rollout.completion_mask] = 5
-    callback = Diagnostics(every=1, k=4, figures=False, stop_on_collapse=2)
+    callback = Diagnostics(every=1, k=4, figures_every=0, stop_on_collapse=2)
     trainer = run(tmp_path, models, callback, batches)
     assert trainer.global_step == 2
-    patient = Diagnostics(every=1, k=4, figures=False)
+    patient = Diagnostics(every=1, k=4, figures_every=0)
     assert run(tmp_path / "patient", models, patient, batches).global_step == 6
     found = measured(tmp_path, 1)["measures"]
     assert found["repetition/ngrams"] == pytest.approx(16 / 17)

@@ -44,8 +44,8 @@ class Diagnostics(L.Callback):
     (support mass, overlap, entropies, repetition, by position), token mismatch (special tokens and
     all with an advantage below -10 nats), the engine's probabilities beside the student's, and the
     variance of the gradient over micro-batches. Into the loggers under `diagnostics/`, and into
-    `diagnostics/` of the run folder: a JSON file and figures for each of these steps, and one
-    completion as HTML with each token coloured by its advantage.
+    `diagnostics/` of the run folder: a JSON file for each of these steps, one completion as HTML
+    with each token coloured by its advantage, and figures, less often.
 
     Each warning is given once a run and names what to do. A served teacher's entropies are unknown
     and left out.
@@ -56,7 +56,8 @@ class Diagnostics(L.Callback):
         position_bucket: Completion tokens of one bucket of positions; default: an eighth of the
             longest completion, at most 1024 (the paper's).
         watch: Strings or ids to follow one by one, beside the tokenizer's special tokens.
-        figures: Whether to draw.
+        figures_every: Optimiser steps between two drawings, of what is measured then; 0: never. The
+            last measurement of a run is drawn too.
         stop_on_collapse: End the run, with its checkpoint kept, after this many measurements in a
             row with less than 0.2 of the student's mass on the teacher's support or more than 0.8
             of 4-grams repeated; 0: never.
@@ -71,13 +72,14 @@ class Diagnostics(L.Callback):
         k: int = 16,
         position_bucket: int | None = None,
         watch: list[str | int] | None = None,
-        figures: bool = True,
+        figures_every: int = 100,
         stop_on_collapse: int = 0,
     ) -> None:
         for name, value, least in [
             ("every", every, 1),
             ("k", k, 1),
             ("position_bucket", position_bucket, 1),
+            ("figures_every", figures_every, 0),
             ("stop_on_collapse", stop_on_collapse, 0),
         ]:
             if value is not None and value < least:
@@ -86,13 +88,14 @@ class Diagnostics(L.Callback):
         self.k = k
         self.position_bucket = position_bucket
         self.watch = list(watch or [])
-        self.figures = figures
+        self.figures_every = figures_every
         self.stop_on_collapse = stop_on_collapse
         self._module: L.LightningModule | None = None
         self._watched: dict[int, str] = {}
         self._records: TokenRecords | None = None
         self._gradients = GradientVariance()
         self._example: tuple[Rollout, TokenTable] | None = None
+        self._undrawn: tuple[TokenTable, dict[str, Any]] | None = None
         self._step = -1
         self._collapsed = 0
         self._warned: set[str] = set()
@@ -120,8 +123,7 @@ class Diagnostics(L.Callback):
     ) -> None:
         """Begin a measurement where one is due."""
         step = trainer.global_step
-        due = -step % self.every < pl_module.mini_batches
-        self._records = TokenRecords() if due else None
+        self._records = TokenRecords() if self._due(self.every, step) else None
         self._step, self._example = step, None
         self._gradients = GradientVariance()
 
@@ -209,8 +211,22 @@ class Diagnostics(L.Callback):
         (folder / f"{name}.json").write_text(json.dumps(found, indent=1))
         if self._example is not None:
             write_heat_map(*self._example, pl_module.tokenizer, folder / f"{name}.html")
-        if not self.figures:
-            return
+        self._undrawn = table, found
+        if self.figures_every and self._due(self.figures_every, self._step):
+            self._draw(trainer, folder)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the last measurement."""
+        if self.figures_every and self._undrawn is not None:
+            self._draw(trainer, Path(pl_module.run_folder) / "diagnostics")
+
+    def _due(self, every: int, step: int) -> bool:
+        """Whether the round that begins after `step` updates holds the first of so many."""
+        return -step % every < self._module.mini_batches
+
+    def _draw(self, trainer: L.Trainer, folder: Path) -> None:
+        (table, found), self._undrawn = self._undrawn, None
+        step = found["step"]
         history = [json.loads(path.read_text()) for path in sorted(folder.glob("step_*.json"))]
         history = [entry for entry in history if entry["step"] <= step]
         drawn: dict[str, Figure] = {
@@ -220,8 +236,8 @@ class Diagnostics(L.Callback):
             "support": figures.support(history),
         }
         for title, figure in drawn.items():
-            path = folder / (f"{title}.png" if title == "support" else f"{name}_{title}.png")
-            figure.savefig(path, dpi=110)
+            name = title if title == "support" else f"step_{step:06d}_{title}"
+            figure.savefig(folder / f"{name}.png", dpi=110)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure(f"diagnostics/{title}", figure, step)
