@@ -66,6 +66,7 @@ from opd_lightning.tools.memory import as_table as memory_table
 from opd_lightning.tools.memory import estimate_memory
 from opd_lightning.tools.prune import prune
 from opd_lightning.tools.run_shape import Layout
+from opd_lightning.tools.submit import Job, submit
 
 RUN_VERBS = ("fit", "validate", "test", "predict")
 
@@ -76,6 +77,7 @@ _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
   test       the same on the test prompts
   predict    write completions with student and teacher log-probabilities as JSON lines
   compare    two checkpoints or model folders on the same prompts: opd compare A B --config run.yaml
+  submit     send a run or a sweep to SLURM: opd submit --config run.yaml --nodes 2 --gpus 8
   prune      make a smaller student by removing decoder layers
   export     write the student of a checkpoint as a Hugging Face folder
   audit      what each objective's gradient follows, by enumeration; judges your own too
@@ -476,7 +478,56 @@ def _compare(args: list[str]) -> None:
     print(formats[given.format](*names, findings, evaluate))
 
 
+def _submit(args: list[str]) -> None:
+    parser = _Parser(
+        "opd submit",
+        description="Write a SLURM script into the run's folder and submit it.",
+        epilog="All other options are those of opd fit, such as --config and --model.objective.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--nodes", type=int, default=1, help="number of nodes; default: 1")
+    add("--gpus", type=int, default=1, help="of each node, one process each; default: 1; 0: none")
+    add("--tasks", type=int, help="processes of each node, where --gpus is 0; default: 1")
+    add("--cpus", type=int, default=8, help="of each process; default: 8")
+    add("--time", default="24:00:00", help="limit, after which it is requeued; default: 24:00:00")
+    add("--partition", help="default: that of the cluster")
+    add("--account", help="default: that of the user")
+    add("--name", default="opd", help="job name; default: opd")
+    add(
+        "--signal-seconds",
+        type=int,
+        default=120,
+        help="before the limit, when it is told to save: more than a round takes; default: 120",
+    )
+    add("--sbatch", action="append", default=[], metavar="OPTION", help="such as --sbatch=--qos=a")
+    add("--folder", type=Path, help="of the run; default: a new one in trainer.default_root_dir")
+    add(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME=A,B",
+        help="an array job over all combinations: objective=ReverseKL,ForwardKL, seed=1,2, or any "
+        "dotted argument",
+    )
+    add("--template", type=Path, help="a site's own script; default: configs/slurm/train.sbatch")
+    add("--dry-run", action="store_true", help="print the script, and submit nothing")
+    given, fit = parser.parse_known_args(args)
+    job = Job(
+        given.nodes, given.gpus, given.tasks, given.cpus, given.time, given.partition,
+        given.account, given.name, given.signal_seconds, given.sbatch,
+    )  # fmt: skip
+    print(submit(job, fit, _resolved, given.folder, given.sweep, given.template, given.dry_run))
+
+
+def _resolved(args: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of `opd fit` with these arguments; its classes are made once."""
+    run = _ParsedRun(["fit", *args])
+    return yaml.safe_load(run._parser("fit").dump(run.config["fit"], skip_none=False))
+
+
 _TOOLS: dict[str, Callable[[list[str]], None]] = {
+    "submit": _submit,
     "compare": _compare,
     "prune": _prune,
     "export": _export,
