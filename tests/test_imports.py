@@ -44,6 +44,7 @@ PARTS: dict[str, set[str]] = {
     "config_errors": {"objectives", "weighting", "teachers", "rollout", "tasks"},
 }
 FURTHER: dict[str, set[str]] = {
+    "callbacks": {"checkpoints"},
     "teachers": {"sharding"},
     "rollout": {"sharding"},
     "module": {"metrics", "checkpoints", "sharding", "updates", "memory", "predictions", "checks"},

@@ -15,6 +15,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 
 from opd_lightning.callbacks import (
     Evaluate,
@@ -44,6 +45,7 @@ from opd_lightning.resume import (
     run_version,
 )
 from opd_lightning.rollout import RolloutCallback
+from opd_lightning.strategy import FSDP2Strategy  # noqa: F401  (known to the parser by its name)
 from opd_lightning.study.bigram import bigram
 from opd_lightning.study.control import SEEDS, control
 from opd_lightning.study.landing import landing
@@ -560,6 +562,7 @@ def _quiet() -> None:
     """Leave the terminal to the progress bar and to what a user can act on."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(_is_for_all_to_see)
     logger = logging.getLogger("opd_lightning")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
@@ -573,6 +576,11 @@ def _quiet() -> None:
         ".*no pre-optimization state was saved.*",  # the state after the step is what we want
     ):
         warnings.filterwarnings("ignore", pattern)
+
+
+def _is_for_all_to_see(record: logging.LogRecord) -> bool:
+    """Whether it comes from the first of several processes, or is an error."""
+    return not getattr(rank_zero_only, "rank", 0) or record.levelno >= logging.ERROR
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

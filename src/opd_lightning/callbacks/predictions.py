@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes each record of `predict_step` as a line of JSON, batch by batch.
+    """Writes each record of `predict_step` as a line of JSON, batch by batch, in order.
 
-    Hook: `on_predict_batch_end`. Each rank writes its own file where there are several.
+    Hook: `on_predict_batch_end`. The records of all ranks go to one file, which rank 0 writes.
 
     Args:
         path: The file; default `predictions.jsonl` in the run's folder.
@@ -33,24 +35,28 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append the batch's records; the first batch starts the file anew."""
+        """Append the records of all ranks' batches; the first batch starts the file anew."""
+        shares = [prediction]
+        if trainer.world_size > 1:
+            shares = [[]] * trainer.world_size
+            torch.distributed.all_gather_object(shares, prediction)
         path = self.file(trainer)
+        if not trainer.is_global_zero:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if self._started else "w", encoding="utf-8") as lines:
-            for record in prediction:
+            for record in chain.from_iterable(shares):
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._started = True
 
     def file(self, trainer: L.Trainer) -> Path:
-        """Return where this rank writes."""
+        """Return where the records go; asked by all ranks together."""
         folder = trainer.log_dir or trainer.default_root_dir
-        path = Path(self.path) if self.path else Path(folder) / "predictions.jsonl"
-        if trainer.world_size > 1:
-            path = path.with_stem(f"{path.stem}_rank{trainer.global_rank}")
-        return path
+        return Path(self.path) if self.path else Path(folder) / "predictions.jsonl"
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the records are."""
         self._started = False
+        path = self.file(trainer)
         if trainer.is_global_zero:
-            print(f"completions: {self.file(trainer)}")
+            print(f"completions: {path}")

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from opd_lightning.checkpoints import load_checkpoint
 from opd_lightning.errors import ConfigError, RunError
 
 MARKER_ENDING = ".json"
@@ -91,8 +92,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read tensors, numbers, strings and containers of these."""
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        """Read tensors, numbers, strings and containers of these, of a file or of shards."""
+        return load_checkpoint(path, map_location or "cpu")
 
 
 class _Summed:
