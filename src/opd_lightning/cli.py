@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from opd_lightning.callbacks import (
+    Diagnostics,
     Evaluate,
     OPDProgressBar,
     PredictionWriter,
@@ -187,6 +188,8 @@ class OPDCLI(LightningCLI):
             self.subcommand, []
         )
         kwargs["callbacks"] = callbacks
+        if self.subcommand == "fit" and not _has(callbacks, Diagnostics):
+            callbacks.append(Diagnostics())
         if self.subcommand == "fit" and config.get("enable_checkpointing") is not False:
             callbacks += [] if _has(callbacks, RunCheckpoint) else [RunCheckpoint()]
         if config.get("logger") in (None, True):

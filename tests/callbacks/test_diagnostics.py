@@ -157,7 +157,12 @@ def test_a_collapsed_run_is_ended_if_asked(tmp_path: Path, models: Path):
     assert found["repetition/longest_loop"] == 20
 
 
-@pytest.mark.parametrize("name", ["every", "k", "position_bucket"])
-def test_settings_out_of_range_are_refused(name: str):
-    with pytest.raises(ConfigError, match=f"{name} must be at least 1; got 0"):
-        Diagnostics(**{name: 0})
+@pytest.mark.parametrize("name, least", [("every", 0), ("k", 1), ("position_bucket", 1)])
+def test_settings_out_of_range_are_refused(name: str, least: int):
+    with pytest.raises(ConfigError, match=f"{name} must be at least {least}; got {least - 1}"):
+        Diagnostics(**{name: least - 1})
+
+
+def test_never_is_never(tmp_path: Path, models: Path):
+    run(tmp_path, models, Diagnostics(every=0), [answered(LENGTHS)])
+    assert not (tmp_path / "run" / "diagnostics").exists()

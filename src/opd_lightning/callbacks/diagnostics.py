@@ -51,7 +51,7 @@ class Diagnostics(L.Callback):
     and left out.
 
     Args:
-        every: Optimiser steps between two measurements.
+        every: Optimiser steps between two measurements; 0: never.
         k: Size of the teacher's and the student's support.
         position_bucket: Completion tokens of one bucket of positions; default: an eighth of the
             longest completion, at most 1024 (the paper's).
@@ -76,7 +76,7 @@ class Diagnostics(L.Callback):
         stop_on_collapse: int = 0,
     ) -> None:
         for name, value, least in [
-            ("every", every, 1),
+            ("every", every, 0),
             ("k", k, 1),
             ("position_bucket", position_bucket, 1),
             ("figures_every", figures_every, 0),
@@ -212,7 +212,7 @@ class Diagnostics(L.Callback):
         if self._example is not None:
             write_heat_map(*self._example, pl_module.tokenizer, folder / f"{name}.html")
         self._undrawn = table, found
-        if self.figures_every and self._due(self.figures_every, self._step):
+        if self._due(self.figures_every, self._step):
             self._draw(trainer, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -222,7 +222,7 @@ class Diagnostics(L.Callback):
 
     def _due(self, every: int, step: int) -> bool:
         """Whether the round that begins after `step` updates holds the first of so many."""
-        return -step % every < self._module.mini_batches
+        return every > 0 and -step % every < self._module.mini_batches
 
     def _draw(self, trainer: L.Trainer, folder: Path) -> None:
         (table, found), self._undrawn = self._undrawn, None
