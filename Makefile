@@ -4,13 +4,17 @@ BIN := .venv/bin
 # Parallel processes of the tests must not fight for the cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test lint bench install models clean
+.PHONY: quickstart test soak lint bench install models clean
 
 quickstart: install models
 	$(BIN)/opd fit --config configs/quickstart.yaml $(ARGS)
 
 test: install
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+
+# Runs killed at random and started again, on one process and on two, beside runs that are not killed
+soak: install
+	$(TEST_ENV) $(BIN)/python -m tests.soak --minutes 30 $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

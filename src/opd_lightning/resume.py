@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd_lightning.callbacks.checkpoint import FOLDER
+from opd_lightning.callbacks.checkpoint import FOLDER, RUN_FILE, write_run_file
 from opd_lightning.callbacks.loggers import cut_logs
 from opd_lightning.callbacks.whole import (
     BrokenCheckpoint,
@@ -16,14 +16,10 @@ from opd_lightning.callbacks.whole import (
     check_whole,
     marker_of,
     read_marker,
-    write_whole,
 )
 from opd_lightning.errors import ConfigError, nearest
 
 log = logging.getLogger("opd_lightning")
-
-RUN_FILE = "run.json"
-"""Says that a folder is one of `opd fit`, and which run it holds."""
 
 # Sections of the configuration, and arguments of the trainer, that the result depends on.
 _SECTIONS = ("seed_everything", "model", "data", "rollout")
@@ -166,12 +162,14 @@ def find_start(resume: Resume, folder: Path, limits: Sequence[int | None]) -> St
         try:
             return Start(named, check_whole(named))
         except BrokenCheckpoint as error:
-            raise ConfigError(f"--resume {resume.mode}: {error}. Give another, or auto.") from error
+            raise ConfigError(
+                f"--resume {resume.mode}: not a whole checkpoint: {error}. Give another, or auto."
+            ) from error
     for path in _newest_first(folder / FOLDER):
         try:
             facts = check_whole(path)
         except BrokenCheckpoint as error:
-            log.warning("checkpoint %s is not whole and passed over: it %s", path, error)
+            log.warning("checkpoint %s is not whole and passed over: %s", path, error)
             continue
         if facts["mid_round"] and not is_finished(facts, limits):
             log.info("checkpoint %s, made within a round, is passed over", path)
@@ -197,10 +195,14 @@ def is_finished(facts: dict[str, Any], limits: Sequence[int | None]) -> bool:
 
 
 def begin(folder: Path, start: Start, identity: dict[str, Any]) -> None:
-    """Cut the folder's logs back to the checkpoint, and note which run it holds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RUN_FILE, json.dumps({"identity": identity}, indent=1))
-    cut_logs(folder, start.facts.get("logs", {}))
+    """Note which run the folder holds, and cut its logs back to the checkpoint.
+
+    Logs in a folder that was not one of `opd fit` are left alone.
+    """
+    is_run = (folder / RUN_FILE).is_file() or start.checkpoint is not None
+    write_run_file(folder, identity)
+    if is_run:
+        cut_logs(folder, start.facts.get("logs", {}))
 
 
 # ---------------------------------------------------------------------------- what a run is
@@ -329,7 +331,7 @@ def check_given_checkpoint(path: Path, own: dict[str, Any], allowed: Sequence[st
         try:
             facts = read_marker(path)
         except BrokenCheckpoint as error:
-            raise ConfigError(f"checkpoint {path} {error}. Give another.") from error
+            raise ConfigError(f"checkpoint {path} is not whole: {error}. Give another.") from error
         check_identity(facts["identity"], own, path, allowed)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from opd_lightning.errors import ConfigError
 from opd_lightning.policy import PolicySpec, as_spec, looks_local
+from opd_lightning.teachers import LocalTeacher
 from tests.tiny import save_tiny, tiny_tokenizer
 
 
@@ -51,6 +52,23 @@ def test_a_model_is_built_from_its_config_alone(folder: Path, tmp_path: Path):
     shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (model, whole)]
     assert shapes[0] == shapes[1]
     assert not model.get_input_embeddings().weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", [PolicySpec, LocalTeacher])
+def test_pickled_weights_are_read_only_where_that_is_asked_for(
+    folder: Path, tmp_path: Path, kind: type
+):
+    model = PolicySpec(str(folder)).load()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"no safetensors, but pytorch_model\.bin: a pickle"):
+        kind(str(tmp_path)).check()
+    with pytest.raises(ConfigError, match=r"set allow_pickle: true"):
+        PolicySpec(str(tmp_path)).load()
+    kind(str(tmp_path), allow_pickle=True).check()
+    read = PolicySpec(str(tmp_path), allow_pickle=True).load().state_dict()
+    assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
 
 
 def test_half_a_weight_file(folder: Path, tmp_path: Path):

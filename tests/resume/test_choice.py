@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from opd_lightning.cli import main
 from opd_lightning.errors import ConfigError
 from opd_lightning.resume import (
     Resume,
+    Start,
+    begin,
     find_start,
     identity_of,
     nested_arguments,
@@ -22,6 +25,7 @@ from opd_lightning.resume import (
     run_version,
 )
 from tests.resume.kit import Run, assert_equal
+from tests.resume.test_kills import die_in_evaluation
 
 AUTO = Resume("auto")
 LIMITS = [12, -1]
@@ -131,6 +135,22 @@ def test_going_on_with_more_steps_equals_a_longer_run(world: Path, ended: Run, t
     longer.finish()
     assert "at step 12\n" in longer.log.read_text()
     assert_equal(longer, at_once)
+
+
+def test_auto_takes_up_a_run_that_was_begun_without_it(world: Path, tmp_path: Path):
+    run = Run(world, tmp_path, "--trainer.max_steps=8")
+    run.start("--resume=never", prepare=partial(die_in_evaluation, 4))
+    assert run.wait()[0] == -9 and run.steps_saved() == [4, 6]
+    run.finish()
+    assert "at step 6\n" in run.log.read_text()
+
+
+def test_logs_of_others_are_left_alone(tmp_path: Path):
+    (tmp_path / "metrics.csv").write_text("mine\n1\n")
+    for _ in range(2):
+        begin(tmp_path, Start(), {"a": ["1", "1"]})
+        (tmp_path / "run.json").unlink()
+    assert (tmp_path / "metrics.csv").read_text() == "mine\n1\n"
 
 
 def test_a_finished_run_says_so_and_is_left_alone(ended: Run):

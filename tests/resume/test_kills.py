@@ -6,7 +6,6 @@ once), summary.json, and the tokens of every round on every rank.
 
 import os
 import random
-import shutil
 import signal
 import time
 from functools import partial
@@ -17,13 +16,20 @@ import pytest
 from opd_lightning.callbacks import whole
 from tests.resume.kit import Run, assert_equal
 
+ONE = "one process, two updates a round"
+DDP = "two processes (DDP)"
+FSDP = "two processes (FSDP2), sharded checkpoints"
+GATHERED = "two processes (FSDP2), one file"
+FSDP2 = ["--trainer.strategy=opd_lightning.FSDP2Strategy", "--trainer.max_steps=14"]
 DESIGNS = {
-    "one process, two updates a round": (1, ["--model.mini_batches=2"]),
-    "two processes (DDP)": (2, ["--trainer.strategy=ddp"]),
+    ONE: (1, ["--model.mini_batches=2"]),
+    DDP: (2, ["--trainer.strategy=ddp", "--trainer.max_steps=14"]),
+    FSDP: (2, [*FSDP2, "--trainer.strategy.save_distributed_checkpoint=true"]),
+    GATHERED: (2, [*FSDP2, "--trainer.strategy.save_distributed_checkpoint=false"]),
 }
 
 
-@pytest.fixture(scope="module", params=DESIGNS)
+@pytest.fixture(scope="module")
 def design(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.TempPathFactory):
     """A run that was never killed, how long it took, and what makes another like it."""
     ranks, args = DESIGNS[request.param]
@@ -35,12 +41,16 @@ def design(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest
     return whole_run, seconds, ranks, lambda name: Run(world, folder / name, *args)
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_killed_at_random_instants(design: tuple, seed: int):
-    """Five kills of one run, each at an instant drawn from its whole length."""
+def of(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("design", names, indirect=True, scope="module")
+
+
+@of(ONE, DDP, FSDP)
+def test_killed_at_random_instants(design: tuple):
+    """Each kill at an instant drawn from the whole length of the run: 10 for all designs."""
     whole_run, seconds, ranks, another = design
-    draw, run = random.Random(seed), another(f"random{seed}")
-    for _ in range(5):
+    draw, run = random.Random(ranks), another("random")
+    for _ in range(4 if ranks == 1 else 3):
         run.start(ranks=ranks)
         run.wait(draw.uniform(0.2, 1.0) * seconds)
         run.kill()
@@ -68,6 +78,7 @@ def die_at(call: int) -> None:
         patched(name)
 
 
+@of(ONE)
 def test_killed_between_the_calls_that_write_a_checkpoint(design: tuple):
     """The instants that matter most, around names: after each kill the next is further on."""
     whole_run, _, ranks, another = design
@@ -117,6 +128,7 @@ def die_while_results_are_written() -> None:
     OPDModule.export = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
 
+@of(ONE, DDP)
 def test_killed_while_writing_evaluating_and_ending(design: tuple):
     whole_run, _, ranks, another = design
     run = another("within")
@@ -132,6 +144,7 @@ def test_killed_while_writing_evaluating_and_ending(design: tuple):
     assert_equal(run, whole_run)
 
 
+@of(ONE, FSDP, GATHERED)
 def test_killed_before_a_copy_was_complete(design: tuple):
     """The newest checkpoint is cut off: it is named, and the run goes on from the one before."""
     whole_run, _, ranks, another = design
@@ -140,10 +153,10 @@ def test_killed_before_a_copy_was_complete(design: tuple):
     assert run.wait()[0] == -signal.SIGKILL
     newest, before = run.steps_saved()[-1], run.steps_saved()[-2]
     path = run.run_folder / "checkpoints" / f"step_{newest:08d}.ckpt"
-    shutil.copyfile(path, path.with_suffix(".copy"))
-    os.truncate(path, path.stat().st_size - 1000)
+    part = max(whole.files_of(path), key=lambda file: file.stat().st_size)
+    os.truncate(part, part.stat().st_size - 1000)
     run.finish(ranks=ranks)
     said = run.log.read_text()
-    assert f"{path} is not whole and passed over: it step_{newest:08d}.ckpt has" in said
+    assert f"{path} is not whole and passed over: {part.name} has" in said
     assert f"at step {before}\n" in said
     assert_equal(run, whole_run)

@@ -32,6 +32,8 @@ from opd_lightning.callbacks.whole import (
 from opd_lightning.errors import ConfigError
 
 FOLDER = "checkpoints"
+RUN_FILE = "run.json"
+"""Says that a folder is one of `opd fit`, and which run it holds."""
 _NAME = "step_{:08d}.ckpt"
 
 
@@ -118,6 +120,8 @@ class RunCheckpoint(Checkpoint):
         # on all ranks: Lightning asks the first one where the logs go
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / FOLDER
         folder = self._folder
+        if trainer.is_global_zero and self.identity:
+            write_run_file(folder.parent, self.identity)
         if trainer.is_global_zero and folder.is_dir():
             for left in folder.glob(f"{WRITING}*"):
                 remove(left)
@@ -278,6 +282,12 @@ class RunCheckpoint(Checkpoint):
         for path in _checkpoints(folder):
             if path not in kept and marker_of(path).exists():
                 remove(path)
+
+
+def write_run_file(folder: Path, identity: dict[str, Any]) -> None:
+    """Write `run.json` into a run folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / RUN_FILE, json.dumps({"identity": identity}, indent=1))
 
 
 def _module(trainer: L.Trainer) -> L.LightningModule:

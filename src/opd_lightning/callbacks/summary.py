@@ -30,7 +30,8 @@ class RunSummary(L.Callback):
     "after" the last one of the run; without validation data those rows are left out.
 
     Hooks: `on_train_start`, `on_train_batch_end`, validation, `on_train_end`. Saves the measures
-    and samples of before, the seconds and the tokens, so that a resumed run reports the whole.
+    and samples of before and of the latest evaluation, the seconds and the tokens, so that a
+    resumed run reports the whole.
     Seconds are those of training, without evaluation.
 
     Args:
@@ -53,6 +54,7 @@ class RunSummary(L.Callback):
             "seconds": self._seconds_so_far(),
             "tokens": self._tokens,
             "before": self._before,
+            "after": self._after,
             "samples": self._samples,
         }
 
@@ -60,6 +62,7 @@ class RunSummary(L.Callback):
         """Take up what `state_dict` returned."""
         self._seconds, self._tokens = state_dict["seconds"], state_dict["tokens"]
         self._before, self._samples = state_dict["before"], state_dict["samples"]
+        self._after = state_dict.get("after", {})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""

@@ -203,11 +203,11 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
     try:
         facts = json.loads(marker.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BrokenCheckpoint(f"has no marker {marker.name}, which is written last") from None
+        raise BrokenCheckpoint(f"it has no marker {marker.name}, which is written last") from None
     except (OSError, ValueError) as error:
-        raise BrokenCheckpoint(f"has a marker that cannot be read ({error})") from error
+        raise BrokenCheckpoint(f"it has a marker that cannot be read ({error})") from error
     if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
-        raise BrokenCheckpoint("has a marker that lists no files")
+        raise BrokenCheckpoint("it has a marker that lists no files")
     return facts
 
 
@@ -223,7 +223,7 @@ def check_whole(checkpoint: Path) -> dict[str, Any]:
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     for name, (size, _) in facts["files"].items():
         if not (folder / name).is_file():
-            raise BrokenCheckpoint(f"lacks {name}")
+            raise BrokenCheckpoint(f"it lacks {name}")
         if (seen := (folder / name).stat().st_size) != size:
             raise BrokenCheckpoint(f"{name} has {seen} bytes, not the {size} that were written")
     for name, (_, crc) in facts["files"].items():
