@@ -52,6 +52,7 @@ _ROOM_OF = {
     "Math": "tasks",
     "Task": "tasks",
     "Turn": "tasks",
+    "Diagnostics": "callbacks",
     "Evaluate": "callbacks",
     "OPDProgressBar": "callbacks",
     "PredictionWriter": "callbacks",

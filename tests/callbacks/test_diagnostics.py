@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +15,7 @@ from opd_lightning.callbacks.diagnostics import Diagnostics
 from opd_lightning.errors import ConfigError
 from opd_lightning.records import PromptBatch
 from tests.module.harness import QUIET, answered, loader, module
+from tests.tiny import tiny_tokenizer
 
 LENGTHS = (9, 4, 12, 6)
 
@@ -166,3 +168,21 @@ def test_settings_out_of_range_are_refused(name: str, least: int):
 def test_never_is_never(tmp_path: Path, models: Path):
     run(tmp_path, models, Diagnostics(every=0), [answered(LENGTHS)])
     assert not (tmp_path / "run" / "diagnostics").exists()
+
+
+def test_every_key_is_in_the_documentation(tmp_path: Path, models: Path):
+    page = (Path(__file__).parents[2] / "docs" / "diagnostics.md").read_text()
+    documented = set(re.findall(r"`([a-z_]+/[a-z0-9_<>/]+)`", page))
+    callback = Diagnostics(every=1, k=4, figures_every=0, watch=["five"])
+    batch = answered((20, 6))
+    mask = batch.rollout.completion_mask
+    batch.rollout.input_ids[0, mask[0]] = torch.tensor(4 * [9, 8, 7, 6, 5])
+    batch.rollout.sampling_logprobs = torch.full(mask.shape, -1.0)
+    watched = tiny_tokenizer().encode("five")[0]
+    batch.rollout.input_ids[1, mask[1]] = torch.tensor([watched, 2, 3, 4, 5, 6])
+    run(tmp_path, models, callback, [batch], micro_batch_tokens=1)
+    kinds = {
+        re.sub(r"^(mismatch/(?:ratio|advantage)/).*", r"\1<token>", key)
+        for key in measured(tmp_path, 1)["measures"]
+    }
+    assert kinds == documented - {"rollout/log_nucleus_mass"}
