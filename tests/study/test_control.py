@@ -197,6 +197,13 @@ def test_the_variance_of_a_fixed_student_rises_with_gamma(seed: int):
     assert ratios == pytest.approx(FIXED_RATIOS[seed], rel=0.005)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_page_shows_the_same_ratios(seed: int):
+    cells = [f"{ratio:.3g}" if ratio > 10 else f"{ratio:.2f}" for ratio in at_start()[seed][1:]]
+    line = f"| {' | '.join([str(seed), *cells])} |"
+    assert line in (Path(__file__).parents[2] / "docs" / "study.md").read_text().splitlines()
+
+
 def test_the_variance_of_a_trained_student_rises_with_gamma():
     setting = Setting(iterations=200, measure_every=4)
     done = train([43], setting=setting)

@@ -21,7 +21,10 @@ def _values(rows: Sequence[Row], key: str, **where: object) -> list[float]:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Make the vertical axis logarithmic; what overflowed has no place on it."""
+    """Make the vertical axis logarithmic, over a decade at least.
+
+    What overflowed has no place on it.
+    """
     heights = []
     for line in axes.lines:
         y = np.asarray(line.get_ydata(), dtype=float)
@@ -33,6 +36,9 @@ def _log_scale(axes: Axes) -> None:
     else:
         axes.relim()
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        wider = max(1.0, (20 * low / high) ** 0.5)
+        axes.set_ylim(low / wider, high * wider)
 
 
 def _gammas(rows: Sequence[Row]) -> list[float]:
