@@ -10,11 +10,12 @@ import pytest
 from opd_lightning.data import OPDDataModule
 from opd_lightning.errors import ConfigError
 from opd_lightning.objectives import Mixture, OutcomeReward, ReverseKL
-from opd_lightning.records import PromptBatch
+from opd_lightning.records import PromptBatch, Rollout
 from opd_lightning.rollout import RolloutCallback, SamplingConfig
-from opd_lightning.rollout.callback import completion_texts
-from opd_lightning.tasks import Task
+from opd_lightning.rollout.callback import completion_texts, score_rollout
+from opd_lightning.tasks import Task, Verifiers
 from tests.module.harness import csv_logger, fit, logged, module, save_pair, until
+from tests.tiny import tiny_tokenizer
 
 
 class Vowels(Task):
@@ -62,6 +63,15 @@ def test_rewards_are_the_scores_and_zero_where_there_is_no_verifier(models: Path
     scores[2] = scores[3] = 0.0
     assert batch.rollout.reward.tolist() == pytest.approx(scores)
     assert "loss/OutcomeReward" in logged(tmp_path)[0]
+
+
+def test_siblings_are_held_to_the_answer_of_their_prompt():
+    tokenizer = tiny_tokenizer()
+    batch = PromptBatch.from_token_ids([[5], [6, 7]], task=["exactmatch", "exactmatch"])
+    batch.answer = ["ab", "cd"]
+    said = [tokenizer.encode(text) for text in ("ab", "cd", "ab", "cd")]
+    batch.rollout = Rollout.from_completions(batch, said, [False] * 4)
+    assert score_rollout(Verifiers(), batch, tokenizer) == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_a_registered_name_is_enough(models: Path, tmp_path: Path):

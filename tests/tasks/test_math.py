@@ -1,5 +1,6 @@
 """Math: what counts as equal, and what hostile answers can do, which is nothing."""
 
+import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from opd_lightning.errors import ConfigError, RunError
-from opd_lightning.tasks import Math
+from opd_lightning.tasks import Math, worker
 from opd_lightning.tasks.mathematics import last_boxed, reference
 from opd_lightning.tasks.worker import MathWorker
 
@@ -75,6 +76,13 @@ def test_no_text_is_run_as_python(task: Math, tmp_path: Path, form: str, place: 
     pair = (rf"\boxed{{{text}}}", "5") if place == "completion" else (r"\boxed{x}", text)
     assert task.score(*pair) == 0.0
     assert not target.exists()
+
+
+def test_the_reader_of_plain_expressions_is_not_among_the_readers():
+    program = importlib.util.spec_from_file_location("math_program", worker._PROGRAM)
+    loaded = importlib.util.module_from_spec(program)
+    program.loader.exec_module(loaded)
+    assert {type(reader).__name__ for reader in loaded._READER} == {"LatexExtractionConfig"}
 
 
 def test_the_premise_that_the_other_reader_would_run_it(tmp_path: Path):
