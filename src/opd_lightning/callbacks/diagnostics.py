@@ -174,8 +174,9 @@ class Diagnostics(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"diagnostics/{k}": v for k, v in values.items()}, step=step)
         self._judge(trainer, pl_module, values, offending_tokens(table))
+        folder = Path(pl_module.run_folder) / "diagnostics"  # on all ranks: asking is a collective
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, step, values, table)
+            self._write(trainer, pl_module, step, values, table, folder)
 
     def _measures(self, trainer: L.Trainer, table: TokenTable) -> dict[str, float]:
         samplings = [c.sampling for c in trainer.callbacks if isinstance(c, RolloutCallback)]
@@ -195,8 +196,8 @@ class Diagnostics(L.Callback):
         step: int,
         values: dict[str, float],
         table: TokenTable,
+        folder: Path,
     ) -> None:
-        folder = Path(pl_module.run_folder) / "diagnostics"
         folder.mkdir(parents=True, exist_ok=True)
         found = {
             "step": step,
@@ -217,8 +218,9 @@ class Diagnostics(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the last measurement."""
+        folder = Path(pl_module.run_folder) / "diagnostics"
         if self.figures_every and self._undrawn is not None:
-            self._draw(trainer, Path(pl_module.run_folder) / "diagnostics")
+            self._draw(trainer, folder)
 
     def _due(self, every: int, step: int) -> bool:
         """Whether the round that begins after `step` updates holds the first of so many."""
