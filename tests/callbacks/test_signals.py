@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 from torch import Tensor
 
-from opd_lightning.callbacks import StopOnSignal
+from opd_lightning.callbacks import RunCheckpoint, StopOnSignal
 from opd_lightning.callbacks.signals import refuse_foreign_checkpoint, requeue, slurm_job
 from opd_lightning.data import OPDDataModule
 from opd_lightning.errors import ConfigError, RunError, RunStopped
@@ -208,3 +208,30 @@ def test_a_job_that_is_not_taken_back_is_an_error(tmp_path: Path, monkeypatch: p
     (tmp_path / "scontrol").chmod(0o755)
     with pytest.raises(RunError, match=r"scontrol requeue 41: no such job 41\)\. Submit it again"):
         requeue("41", "saved.")
+
+
+@pytest.mark.parametrize(
+    ("hook", "nth"), [("on_train_batch_end", 4), ("on_validation_batch_start", 4 + 6)]
+)
+def test_an_evaluation_that_was_broken_off_is_made_once_when_the_run_goes_on(
+    models: Path, tmp_path: Path, whole: dict, hook: str, nth: int
+):
+    """Evaluations are due after steps 2, 4 and 6; the run is stopped before or in the second."""
+    saving = {"every_n_steps": 100, "keep_best": 0}
+    told = stopped(
+        models,
+        tmp_path,
+        SignalIn(hook, nth=nth),
+        RunCheckpoint(**saving),
+        enable_checkpointing=True,
+    )
+    assert "after step 4. To go on, run the same command with --resume" in told
+    after, lines = run(
+        models, tmp_path / "on", RunCheckpoint(**saving), ckpt_path=Path(told.split()[-1]),
+        enable_checkpointing=True,
+    )  # fmt: skip
+    expected, expected_lines = whole[1]
+    assert all((after[name] == value).all() for name, value in expected.items())
+    left = [x for x in expected_lines if x["step"] > 4 or (x["step"] == 4 and "loss" not in x)]
+    assert lines == left
+    assert [x["step"] for x in lines if "val/kl/reverse" in x] == [4, 6]

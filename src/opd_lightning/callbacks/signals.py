@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,10 @@ from opd_lightning.errors import ConfigError, RunError, RunStopped
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 # What a rank may still do once the first has ended, such as writing a last file.
-_SECONDS_AFTER_FIRST_RANK = 15
+_SECONDS_AFTER_FIRST_RANK = 10
+
+# Between the loss of a rank's connection and its end.
+_SECONDS_TO_END = 1.0
 
 
 class StopOnSignal(L.Callback):
@@ -153,13 +157,26 @@ class StopOnSignal(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Give the signals back; name the ranks that have ended, whose own words may be missing."""
         self._restore()
+        for rank, process in enumerate(getattr(trainer.strategy.launcher, "procs", []), start=1):
+            with suppress(subprocess.TimeoutExpired):
+                if code := process.wait(_SECONDS_TO_END):
+                    self._say(f"opd: rank {rank} {_ending(code)}\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
         self._previous = {}
+
+
+def _ending(code: int) -> str:
+    """Return in words how a process ended: below 0 is the signal's number."""
+    if code == -signal.SIGKILL:
+        return "was killed (SIGKILL): by hand, or by the system for want of memory."
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}."
+    return f"ended with exit code {code}; see its own error."
 
 
 def _end_after_parent(parent: int) -> None:
