@@ -68,6 +68,7 @@ from opd_lightning.tools.memory import as_json as memory_json
 from opd_lightning.tools.memory import as_table as memory_table
 from opd_lightning.tools.memory import estimate_memory
 from opd_lightning.tools.prune import prune
+from opd_lightning.tools.report import report
 from opd_lightning.tools.run_shape import Layout
 from opd_lightning.tools.submit import Job, submit
 
@@ -81,6 +82,7 @@ _USAGE = """usage: opd VERB [options]      (opd VERB --help explains one)
   predict    write completions with student and teacher log-probabilities as JSON lines
   compare    two checkpoints or model folders on the same prompts: opd compare A B --config run.yaml
   submit     send a run or a sweep to SLURM: opd submit --config run.yaml --nodes 2 --gpus 8
+  report     one page about runs, side by side: opd report runs/a/version_0 runs/b/version_0
   prune      make a smaller student by removing decoder layers
   export     write the student of a checkpoint as a Hugging Face folder
   audit      what each objective's gradient follows, by enumeration; judges your own too
@@ -531,10 +533,19 @@ def _resolved(args: Sequence[str]) -> dict[str, Any]:
     return yaml.safe_load(run._parser("fit").dump(run.config["fit"], skip_none=False))
 
 
+def _report(args: list[str]) -> None:
+    parser = _Parser("opd report", description=report.__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of opd fit")
+    parser.add_argument("--out", help="folder to write; default: report/ in the first run's")
+    given = parser.parse_args(args)
+    print(report(given.runs, given.out))
+
+
 _TOOLS: dict[str, Callable[[list[str]], None]] = {
     "submit": _submit,
     "compare": _compare,
     "prune": _prune,
+    "report": _report,
     "export": _export,
     "audit": _audit,
     "study": _study,
