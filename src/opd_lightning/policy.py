@@ -117,7 +117,11 @@ class PolicySpec:
             ConfigError: If transformers cannot find or read it.
         """
         self._check_config()
-        tokenizer = self._from_hub(AutoTokenizer.from_pretrained)
+        try:
+            tokenizer = self._from_hub(AutoTokenizer.from_pretrained)
+        except ConfigError:
+            self.check()  # a folder without weights is an interrupted copy: say that first
+            raise
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = tokenizer.eos_token_id
         return tokenizer

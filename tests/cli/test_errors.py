@@ -155,7 +155,7 @@ def test_what_is_no_checkpoint(refused: Refused, tmp_path: Path, command: str):
 def test_unknown_verb_and_tools(refused: Refused, tmp_path: Path, world: Path):
     assert "Did you mean fit?" in refused("fitt", verb=None)
     out = str(tmp_path / "out")
-    assert "is not a file" in refused("export", "--ckpt", "no.ckpt", "--out", out, verb=None)
+    assert "does not exist" in refused("export", "--ckpt", "no.ckpt", "--out", out, verb=None)
     assert "required: --ckpt. See opd export --help" in refused("export", "--out", out, verb=None)
     assert "required: --model" in refused("prune", "--out", out, verb=None)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
