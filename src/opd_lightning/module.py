@@ -136,6 +136,7 @@ class OPDModule(L.LightningModule):
         self._tokenizer: Tokenizer | None = None
         self._shared_vocabulary: int | None = None
         self._evaluation = TokenMeans()
+        self._run_folder: Path | None = None
         # each is shown what an update reads: `observe(rollout, student, teacher, weights)`
         self.observers: list[Any] = []
 
@@ -156,6 +157,7 @@ class OPDModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what cannot work, before any weights are loaded."""
+        self._run_folder = _log_folder(self.trainer)
         self.student_spec.check()
         self.teacher.check()
         size = self.student_spec.load_config().get_text_config().vocab_size
@@ -453,8 +455,8 @@ class OPDModule(L.LightningModule):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run's files go."""
-        return Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        """Where the run's files go; since `setup` a rank may ask for it alone."""
+        return self._run_folder or _log_folder(self.trainer)
 
     def export(self, folder: str | Path) -> None:
         """Write the student as a Hugging Face folder, with its tokenizer."""
@@ -513,6 +515,11 @@ class OPDModule(L.LightningModule):
         """
         for logger in self.loggers:
             logger.log_metrics(values, step=step)
+
+
+def _log_folder(trainer: L.Trainer) -> Path:
+    """Return where a trainer's logs go; Lightning asks the first rank, so all have to call it."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def _answered(batch: PromptBatch) -> Rollout:
