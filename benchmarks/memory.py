@@ -40,6 +40,13 @@ TINY = {
     "max_position_embeddings": 512,
 }
 _NEGLIGIBLE = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
+# Starts the command from a small process, for the kernel counts the size of the process that starts
+# another as the other's. Prints the largest of it and of those that it waited for, in KiB.
+_LAUNCHER = """import os, subprocess, sys
+run = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(run.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))"""
 _PROMPTS = ["Why is the sky blue?", "Name a fruit.", "What is 2 + 2, and why? Say it in words."]
 
 
@@ -120,15 +127,18 @@ def measured_bytes(config: Path, *options: str) -> int:
     """
     command = [sys.executable, "-m", "opd_lightning.cli", "fit", "--config", str(config), *options]
     with tempfile.TemporaryFile() as output:
-        run = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | _ENVIRONMENT, stdout=output, stderr=output
+        run = subprocess.run(
+            [sys.executable, "-S", "-c", _LAUNCHER, *command],
+            cwd=ROOT,
+            env=os.environ | _ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            check=False,
         )
-        _, status, usage = os.wait4(run.pid, 0)  # of the process and those that it waited for
-        run.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         if run.returncode != 0:
             raise RuntimeError(f"{command} failed:\n{output.read().decode()[-3000:]}")
-    return usage.ru_maxrss * 1024
+    return int(run.stdout) * 1024
 
 
 def predicted(config: Path, *options: str) -> dict:
