@@ -29,8 +29,8 @@ def test_a_sharded_run_leaves_what_any_run_does_and_ddp_reads_it(world: Path, tm
     (run,) = tmp_path.glob("version_*")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 2
-    lines = (run / "metrics.csv").read_text().splitlines()
-    assert len(lines) == 1 + 2 + 2 + 1, "header, updates, evaluations, diagnostics"
+    logged = (run / "metrics.csv").read_text().splitlines()
+    assert len(logged) == 1 + 2 + 2 + 1, "header, updates, evaluations, diagnostics"
     checkpoint = next(path for path in (run / "checkpoints").iterdir() if is_sharded(path))
     state = load_checkpoint(checkpoint)["state_dict"]
     state = {name.removeprefix("student.model."): value for name, value in state.items()}
