@@ -33,6 +33,7 @@ TABLE: dict[str, set[str]] = {
 # Arrows that the table does not have: parts of module.py and cli.py in files of their own, and the
 # metrics that module.py logs.
 PARTS: dict[str, set[str]] = {
+    "registry": set(),
     "sharding": {"policy"},
     "checkpoints": set(),
     "strategy": {"sharding", "checkpoints"},
@@ -44,6 +45,8 @@ PARTS: dict[str, set[str]] = {
     "config_errors": {"objectives", "weighting", "teachers", "rollout", "tasks"},
 }
 FURTHER: dict[str, set[str]] = {
+    "objectives": {"registry"},
+    "tasks": {"registry"},
     "callbacks": {"checkpoints"},
     "teachers": {"sharding"},
     "rollout": {"sharding"},

@@ -1,10 +1,5 @@
-"""Names -> objective classes: the package's own, those of entry points, and dotted paths."""
+"""The known objectives, and the terms that make sense only beside one."""
 
-import importlib
-import inspect
-from importlib.metadata import entry_points
-
-from opd_lightning.errors import ConfigError, nearest
 from opd_lightning.objectives.base import Objective
 from opd_lightning.objectives.full_vocabulary import (
     EntropyAware,
@@ -20,24 +15,27 @@ from opd_lightning.objectives.sampled_token import (
     SequenceReverseKL,
 )
 from opd_lightning.objectives.topk import HeadTailReverseKL, SupportMass, TopKReverseKL
+from opd_lightning.registry import Registry
 
-ENTRY_POINT_GROUP = "opd_lightning.objectives"
-
-_OWN = [
-    SampledTokenReverseKL,
-    SequenceReverseKL,
-    PowerOPD,
-    TopKReverseKL,
-    HeadTailReverseKL,
-    ReverseKL,
-    ForwardKL,
-    JensenShannon,
-    SkewReverseKL,
-    EntropyAware,
-    Mixture,
-]
-# no objectives by themselves: what a Mixture may add to one
-_TERMS = [SupportMass, OutcomeReward]
+OBJECTIVES: Registry[Objective] = Registry(
+    Objective,
+    [
+        SampledTokenReverseKL,
+        SequenceReverseKL,
+        PowerOPD,
+        TopKReverseKL,
+        HeadTailReverseKL,
+        ReverseKL,
+        ForwardKL,
+        JensenShannon,
+        SkewReverseKL,
+        EntropyAware,
+        Mixture,
+    ],
+    "opd_lightning.objectives",
+    # no objectives by themselves: what a Mixture may add to one
+    unlisted=[SupportMass, OutcomeReward],
+)
 
 
 def known_objectives() -> dict[str, type[Objective]]:
@@ -46,21 +44,12 @@ def known_objectives() -> dict[str, type[Objective]]:
     Raises:
         ConfigError: If an entry point takes a name that is in use, or is not an `Objective`.
     """
-    known = {cls.__name__: cls for cls in _OWN}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        loaded = _checked(entry.load(), f"entry point {entry.name} = {entry.value}")
-        if known.get(entry.name, loaded) is not loaded:
-            raise ConfigError(
-                f"entry point {entry.name!r} ({entry.value}) takes the name of "
-                f"{known[entry.name].__module__}.{entry.name}. Rename one of them."
-            )
-        known[entry.name] = loaded
-    return known
+    return OBJECTIVES.known()
 
 
 def known_terms() -> dict[str, type[Objective]]:
     """Return name -> class of what makes sense only beside an objective, in a Mixture."""
-    return {cls.__name__: cls for cls in _TERMS}
+    return dict(OBJECTIVES.unlisted)
 
 
 def resolve_objective(name: str) -> type[Objective]:
@@ -69,28 +58,9 @@ def resolve_objective(name: str) -> type[Objective]:
     Raises:
         ConfigError: If there is none; the message lists the known names and the nearest.
     """
-    known = known_objectives() | known_terms()
-    if name in known:
-        return known[name]
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise ConfigError(unknown_objective(name))
-    try:
-        return _checked(getattr(importlib.import_module(module), attribute), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{unknown_objective(name)} (Tried to import it: {error}.)") from error
+    return OBJECTIVES.resolve(name)
 
 
 def unknown_objective(name: str) -> str:
     """Return the message for an objective that is not known."""
-    known = sorted(known_objectives())
-    return (
-        f"objective {name!r} is not known.{nearest(name, known)} Known: {', '.join(known)}. Your "
-        f"own: give its dotted path, or register it in the entry-point group {ENTRY_POINT_GROUP}."
-    )
-
-
-def _checked(cls: object, origin: str) -> type[Objective]:
-    if not (inspect.isclass(cls) and issubclass(cls, Objective)):
-        raise ConfigError(f"{origin} is {cls!r}, not a subclass of opd_lightning.Objective.")
-    return cls
+    return OBJECTIVES.unknown(name)
