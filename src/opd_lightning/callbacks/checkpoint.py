@@ -170,7 +170,7 @@ class RunCheckpoint(Checkpoint):
         """Save where it is time to."""
         reached = trainer.global_step // self.every_n_steps > self._first_step // self.every_n_steps
         for_best = self.keep_best > 0 and _evaluation_follows(trainer)
-        if (reached or for_best or _is_last_round(trainer)) and not trainer.fast_dev_run:
+        if (reached or for_best or is_last_round(trainer)) and not trainer.fast_dev_run:
             self.save_now(trainer)
         _seed_all(trainer)
 
@@ -222,7 +222,7 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(beside, weights_only=False)
         self._saving = False
         self._saved_step = step
-        if _is_last_round(trainer):
+        if is_last_round(trainer):
             self._held = beside, path
         else:
             self._publish(trainer, beside, path, finished=False)
@@ -345,7 +345,7 @@ def _evaluate(trainer: L.Trainer) -> None:
     trainer.training = True
 
 
-def _is_last_round(trainer: L.Trainer) -> bool:
+def is_last_round(trainer: L.Trainer) -> bool:
     """Whether training ends with this round by its limits."""
     if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
         return True

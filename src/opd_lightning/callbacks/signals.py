@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from opd_lightning.callbacks.checkpoint import is_last_round
 from opd_lightning.errors import ConfigError, RunError, RunStopped
 
 # a later one wins where a run gets several: the job is to go on
@@ -112,7 +113,8 @@ class StopOnSignal(L.Callback):
         self._stop_if_told(trainer)
 
     def _stop_if_told(self, trainer: L.Trainer) -> None:
-        if not self._previous or _is_finished(trainer):
+        # after the last round only the run's results are left to be written
+        if not self._previous or (is_last_round(trainer) and not trainer.sanity_checking):
             return
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         received = int(trainer.strategy.reduce(received, reduce_op="max"))
@@ -203,17 +205,6 @@ def save_checkpoint(trainer: L.Trainer) -> tuple[str, Path]:
     path = folder / f"stopped-step={trainer.global_step}.ckpt"
     trainer.save_checkpoint(path)
     return "--ckpt_path", path
-
-
-def _is_finished(trainer: L.Trainer) -> bool:
-    """Whether the last round is made, so that only the run's results are left to be written."""
-    if trainer.sanity_checking:
-        return False
-    if 0 <= trainer.max_steps <= trainer.global_step:
-        return True
-    epochs = trainer.max_epochs
-    in_last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
-    return in_last_epoch and trainer.is_last_batch
 
 
 def slurm_job() -> str | None:

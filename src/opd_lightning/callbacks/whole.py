@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from opd_lightning.checkpoints import load_checkpoint
+from opd_lightning.checkpoints import AnyCheckpointIO
 from opd_lightning.errors import ConfigError, RunError
 
 MARKER_ENDING = ".json"
@@ -51,7 +50,7 @@ class BrokenCheckpoint(Exception):
     """Why a checkpoint is not whole, in a few words."""
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class WholeCheckpointIO(AnyCheckpointIO):
     """Lightning's reading and writing of checkpoint files, such that a file is whole or not there.
 
     Written under another name in the same folder, synced to disk, renamed. Read with
@@ -88,12 +87,6 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 f"cannot write the checkpoint {place}: {_reason(error)}. Earlier checkpoints are "
                 "intact. Make room, or lower keep_last and keep_best; then start again from them."
             ) from error
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read tensors, numbers, strings and containers of these, of a file or of shards."""
-        return load_checkpoint(path, map_location or "cpu")
 
 
 class _Summed:
