@@ -5,6 +5,7 @@ B rows, L tokens with padding, N completion tokens, D hidden size, V shared voca
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,7 +14,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from opd_lightning.distributions import TokenDistribution
@@ -151,6 +158,15 @@ class PolicySpec:
         model = AutoModelForCausalLM.from_config(config, **options)
         model.tie_weights()  # which transformers skips where it is told not to initialise
         return self._prepared(model)
+
+    def set_generation_config(self, model: PreTrainedModel) -> None:
+        """Give a model that was built from a config alone the generation config that is here.
+
+        Without one it keeps what transformers has derived from the config.
+        """
+        with suppress(OSError):
+            revision = self.revision or "main"
+            model.generation_config = GenerationConfig.from_pretrained(self.path, revision=revision)
 
     def _loading_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}

@@ -6,7 +6,7 @@ the class of the Hugging Face model as it is.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.initialization import no_init_weights
 
@@ -241,9 +241,7 @@ def _without_weights(spec: PolicySpec) -> PreTrainedModel:
     model.to("meta")
     _set_buffers(model, buffers)
     model.tie_weights()
-    with suppress(OSError):  # without one, transformers has derived it from the config
-        revision = spec.revision or "main"
-        model.generation_config = GenerationConfig.from_pretrained(spec.path, revision=revision)
+    spec.set_generation_config(model)
     return model
 
 

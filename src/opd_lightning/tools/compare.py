@@ -1,13 +1,11 @@
 """`opd compare`: two students on the same prompts, with the same random numbers."""
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from opd_lightning.callbacks.evaluate import Evaluate, add_scores, score_records
 from opd_lightning.data import OPDDataModule
@@ -128,8 +126,7 @@ def _load(path: str, module: OPDModule, device: torch.device) -> tuple[CausalPol
         tokenizer = spec.load_tokenizer()
         return load_policy(spec, device, None, tokenizer).to(device), tokenizer
     model = student_of(load_checkpoint(path))
-    with suppress(OSError):  # without one, transformers has derived it from the config
-        model.generation_config = GenerationConfig.from_pretrained(module.student_spec.path)
+    module.student_spec.set_generation_config(model)
     return CausalPolicy(model, module.tokenizer).to(device), module.tokenizer
 
 

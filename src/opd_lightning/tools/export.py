@@ -2,12 +2,10 @@
 
 import json
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd_lightning import checkpoints
 from opd_lightning.callbacks.whole import check_sharded
@@ -38,8 +36,7 @@ def export(checkpoint: str, out: str, model: str | None = None) -> Path:
     origin = PolicySpec(model or saved["opd_lightning"]["student_path"])
     tokenizer = origin.load_tokenizer()
     student = student_of(saved)
-    with suppress(OSError):  # without one, transformers has derived it from the config
-        student.generation_config = GenerationConfig.from_pretrained(origin.path)
+    origin.set_generation_config(student)
     export_policy(CausalPolicy(student), tokenizer, folder)
     return folder
 
@@ -89,7 +86,7 @@ def _near(path: str) -> str:
     return nearest(Path(path).name, siblings)
 
 
-def student_of(saved: dict[str, Any]) -> torch.nn.Module:
+def student_of(saved: dict[str, Any]) -> PreTrainedModel:
     """Return the student model with the checkpoint's weights."""
     fields = json.loads(saved["opd_lightning"]["student_config"])
     config = AutoConfig.for_model(fields["model_type"]).from_dict(fields)
