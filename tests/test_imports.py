@@ -40,7 +40,7 @@ PARTS: dict[str, set[str]] = {
     "updates": {"records", "weighting"},
     "memory": {"records"},
     "resume": {"callbacks"},
-    "predictions": {"records", "policy"},
+    "predictions": {"records", "policy", "rollout"},
     "checks": {"records", "objectives", "teachers", "rollout"},
     "config_errors": {"objectives", "weighting", "teachers", "rollout", "tasks"},
 }

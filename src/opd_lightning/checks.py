@@ -4,15 +4,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from opd_lightning.errors import ConfigError, RunError
 from opd_lightning.objectives import Objective, ObjectiveOutput
 from opd_lightning.records import Rollout
-from opd_lightning.rollout import RolloutCallback, SamplingConfig
+from opd_lightning.rollout import SamplingConfig
+from opd_lightning.rollout.callback import find_rollout_callback
 from opd_lightning.teachers import Teacher
+
+__all__ = ["find_rollout_callback"]  # for module.py, which has no arrow to the rollouts
 
 log = logging.getLogger("opd_lightning")
 
@@ -140,12 +142,6 @@ def no_completions() -> str:
         "None) and no column `completion` in the data. Add a RolloutCallback (on-policy; in YAML "
         "`rollout:`), or completions to the dataset (off-policy)."
     )
-
-
-def find_rollout_callback(trainer: L.Trainer) -> RolloutCallback | None:
-    """Return the trainer's RolloutCallback, None where there is none."""
-    found = [c for c in trainer.callbacks if isinstance(c, RolloutCallback)]
-    return found[0] if found else None
 
 
 def stop_on_non_finite(

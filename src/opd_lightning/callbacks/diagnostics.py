@@ -27,7 +27,7 @@ from opd_lightning.metrics.failure_modes import (
 from opd_lightning.metrics.gradients import GradientVariance
 from opd_lightning.metrics.tokens import TokenRecords, TokenTable, token_table
 from opd_lightning.records import PromptBatch, Rollout
-from opd_lightning.rollout import RolloutCallback
+from opd_lightning.rollout.callback import find_rollout_callback
 
 log = logging.getLogger("opd_lightning")
 
@@ -179,8 +179,8 @@ class Diagnostics(L.Callback):
             self._write(trainer, pl_module, step, values, table, folder)
 
     def _measures(self, trainer: L.Trainer, table: TokenTable) -> dict[str, float]:
-        samplings = [c.sampling for c in trainer.callbacks if isinstance(c, RolloutCallback)]
-        cut = any(sampling.top_p < 1 or sampling.top_k > 0 for sampling in samplings)
+        callback = find_rollout_callback(trainer)
+        cut = callback is not None and (callback.sampling.top_p < 1 or callback.sampling.top_k > 0)
         return (
             imbalance(table)
             | unreliable_teacher(table)

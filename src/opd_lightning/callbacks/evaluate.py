@@ -5,23 +5,28 @@ P prompts of a batch, n completions of each.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from opd_lightning.callbacks.predictions import json_lines
+from opd_lightning.callbacks.whole import write_whole
 from opd_lightning.errors import ConfigError
 from opd_lightning.metrics import AverageAtK, PassAtK, SuccessRate
 from opd_lightning.metrics.success import PromptMetric, check_bootstrap
 from opd_lightning.records import PromptBatch
 from opd_lightning.rollout import RolloutCallback, RolloutEngine, SamplingConfig
-from opd_lightning.rollout.callback import completion_texts, round_seed, score_rollout
+from opd_lightning.rollout.callback import (
+    completion_records,
+    find_rollout_callback,
+    round_seed,
+    score_rollout,
+)
 from opd_lightning.tasks import Task, Verifiers
 
 log = logging.getLogger("opd_lightning")
@@ -122,8 +127,7 @@ class Evaluate(L.Callback):
         split = {"fit": "val", "test": "test"}.get(stage)
         if split is None:
             return
-        found = [c for c in trainer.callbacks if isinstance(c, RolloutCallback)]
-        self.complete(found[0] if found else None)
+        self.complete(find_rollout_callback(trainer))
         tables = getattr(trainer.datamodule, "tables", {})
         if split not in tables:
             raise ConfigError(
@@ -227,7 +231,7 @@ class Evaluate(L.Callback):
     ) -> dict[str, float]:
         """Return the values to log; write the two files."""
         started = time.perf_counter()
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / self.folder
+        folder = pl_module.run_folder / self.folder
         stem = f"{prefix}_step_{trainer.global_step:08d}"
         rank = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         metrics = {task: self.metrics() for task in self._tasks}
@@ -238,7 +242,8 @@ class Evaluate(L.Callback):
         for batch, scores in self.sampled(pl_module.student, pl_module.tokenizer, loader):
             add_scores(metrics, batch, scores)
             lines += score_records(batch, scores, pl_module.tokenizer)
-        _write(folder / f"{stem}{rank}.jsonl", "".join(_json(line) + "\n" for line in lines))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{stem}{rank}.jsonl", json_lines(lines))
         found = {
             f"{prefix}/{task}/{name}": metric.compute()
             for task, of_task in metrics.items()
@@ -254,7 +259,7 @@ class Evaluate(L.Callback):
                 "level": self.level,
                 "estimates": {key: estimate._asdict() for key, estimate in found.items()},
             }
-            _write(folder / f"{stem}.json", json.dumps(summary, indent=2) + "\n")
+            write_whole(folder / f"{stem}.json", json.dumps(summary, indent=2) + "\n")
             log.info("%s", _told(trainer.global_step, found, self.level, self.sampling))
         values = {}
         for key, (mean, low, high) in found.items():
@@ -296,21 +301,10 @@ def score_records(
     batch: PromptBatch, scores: list[float | None], tokenizer: Any
 ) -> list[dict[str, Any]]:
     """Return one JSON-ready record a completion, score null where its row is not scored."""
-    rollout = batch.rollout
-    group = rollout.num_rows // max(1, batch.num_prompts)
-    prompts = [tokenizer.decode(ids) for ids in batch.unpadded()]
+    group = len(scores) // max(1, batch.num_prompts)
     return [
-        {
-            "index": int(batch.index[row // group]),
-            "generation": row % group,
-            "task": rollout.task[row],
-            "prompt": prompts[row // group],
-            "answer": batch.answer[row // group],
-            "completion": text,
-            "truncated": bool(rollout.truncated[row]),
-            "score": scores[row],
-        }
-        for row, text in enumerate(completion_texts(rollout, tokenizer))
+        record | {"answer": batch.answer[row // group], "score": scores[row]}
+        for row, record in enumerate(completion_records(batch, tokenizer))
     ]
 
 
@@ -324,15 +318,3 @@ def _told(step: int, found: dict[str, Any], level: float, sampling: SamplingConf
         f"{sampling.temperature}, top_p {sampling.top_p}, top_k {sampling.top_k}, at most "
         f"{sampling.max_completion_length} tokens)"
     )
-
-
-def _json(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write the whole file or, where the process is killed, nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -1,7 +1,7 @@
 """Writes what `opd predict` makes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
+
+
+def json_lines(records: Iterable[dict[str, Any]]) -> str:
+    """Return the text of a file of JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -45,14 +50,13 @@ class PredictionWriter(BasePredictionWriter):
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a" if self._started else "w", encoding="utf-8") as lines:
-            for record in chain.from_iterable(shares):
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            lines.write(json_lines(chain.from_iterable(shares)))
         self._started = True
 
     def file(self, trainer: L.Trainer) -> Path:
         """Return where the records go; asked by all ranks together."""
-        folder = trainer.log_dir or trainer.default_root_dir
-        return Path(self.path) if self.path else Path(folder) / "predictions.jsonl"
+        folder = trainer.lightning_module.run_folder
+        return Path(self.path) if self.path else folder / "predictions.jsonl"
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where the records are."""

@@ -131,6 +131,12 @@ class RolloutCallback(L.Callback):
             )
 
 
+def find_rollout_callback(trainer: L.Trainer) -> RolloutCallback | None:
+    """Return the trainer's RolloutCallback, None where there is none."""
+    found = [c for c in trainer.callbacks if isinstance(c, RolloutCallback)]
+    return found[0] if found else None
+
+
 def score_rollout(
     verifiers: Verifiers, batch: PromptBatch, tokenizer: Tokenizer
 ) -> list[float | None]:
@@ -139,6 +145,28 @@ def score_rollout(
     group = rollout.num_rows // max(1, batch.num_prompts)
     answers = [answer for answer in batch.answer for _ in range(group)]
     return verifiers.scores(rollout.task, answers, completion_texts(rollout, tokenizer))
+
+
+def completion_records(batch: PromptBatch, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return one JSON-ready record a row of the batch's rollout.
+
+    Keys: `index` (line of the prompt, 0-based), `generation` (number among its siblings), `task`,
+    `prompt`, `completion`, `truncated`.
+    """
+    rollout = batch.rollout
+    group = rollout.num_rows // max(1, batch.num_prompts)
+    prompts = [tokenizer.decode(ids) for ids in batch.unpadded()]
+    return [
+        {
+            "index": int(batch.index[row // group]),
+            "generation": row % group,
+            "task": rollout.task[row],
+            "prompt": prompts[row // group],
+            "completion": text,
+            "truncated": bool(rollout.truncated[row]),
+        }
+        for row, text in enumerate(completion_texts(rollout, tokenizer))
+    ]
 
 
 def completion_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from opd_lightning.callbacks.evaluate import Evaluate, add_scores, score_records
+from opd_lightning.callbacks.predictions import json_lines
 from opd_lightning.data import OPDDataModule
 from opd_lightning.errors import ConfigError
 from opd_lightning.metrics import Comparison, Estimate, compare_pairs
@@ -86,8 +87,7 @@ def compare(
         measured.append(metrics)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            (out / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            (out / f"{name}.jsonl").write_text(json_lines(records), encoding="utf-8")
     findings = [
         _finding(task, metric, *(side[task][metric] for side in measured))
         for task in measured[0]
