@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from opd_lightning.callbacks import diagnostic_figures as figures
-from opd_lightning.callbacks.heat_map import write_heat_map
+from opd_lightning.callbacks.heat_map import heat_map
+from opd_lightning.callbacks.whole import write_whole
 from opd_lightning.distributions import Distribution, TokenDistribution
 from opd_lightning.errors import ConfigError
 from opd_lightning.metrics.failure_modes import (
@@ -169,14 +170,28 @@ class Diagnostics(L.Callback):
         table = records.compute()
         if not len(table["token_id"]):
             return
-        values = self._measures(trainer, table)
-        step = self._step + 1
+        found = self._found(trainer, pl_module, table)
+        values = {f"diagnostics/{key}": value for key, value in found["measures"].items()}
         for logger in trainer.loggers:
-            logger.log_metrics({f"diagnostics/{k}": v for k, v in values.items()}, step=step)
-        self._judge(trainer, pl_module, values, offending_tokens(table))
-        folder = Path(pl_module.run_folder) / "diagnostics"  # on all ranks: asking is a collective
+            logger.log_metrics(values, step=found["step"])
+        self._warn_of(found)
+        self._stop_if_collapsed(trainer, found["measures"])
         if trainer.is_global_zero:
-            self._write(trainer, pl_module, step, values, table, folder)
+            self._write(trainer, pl_module, table, found)
+
+    def _found(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, table: TokenTable
+    ) -> dict[str, Any]:
+        """Return what the JSON file of a measured step holds."""
+        return {
+            "step": self._step + 1,
+            "measures": self._measures(trainer, table),
+            "by_position": by_position(table, self.position_bucket or _bucket(table)),
+            "offending_tokens": [
+                entry | {"string": pl_module.tokenizer.decode([entry["token_id"]])}
+                for entry in offending_tokens(table)
+            ],
+        }
 
     def _measures(self, trainer: L.Trainer, table: TokenTable) -> dict[str, float]:
         callback = find_rollout_callback(trainer)
@@ -193,32 +208,23 @@ class Diagnostics(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        step: int,
-        values: dict[str, float],
         table: TokenTable,
-        folder: Path,
+        found: dict[str, Any],
     ) -> None:
+        folder = pl_module.run_folder / "diagnostics"
         folder.mkdir(parents=True, exist_ok=True)
-        found = {
-            "step": step,
-            "measures": values,
-            "by_position": by_position(table, self.position_bucket or _bucket(table)),
-            "offending_tokens": [
-                entry | {"string": pl_module.tokenizer.decode([entry["token_id"]])}
-                for entry in offending_tokens(table)
-            ],
-        }
-        name = f"step_{step:06d}"
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=1))
+        name = f"step_{found['step']:06d}"
+        write_whole(folder / f"{name}.json", json.dumps(found, indent=1))
         if self._example is not None:
-            write_heat_map(*self._example, pl_module.tokenizer, folder / f"{name}.html")
+            page = heat_map(*self._example, pl_module.tokenizer)
+            write_whole(folder / f"{name}.html", page)
         self._undrawn = table, found
         if self._due(self.figures_every, self._step):
             self._draw(trainer, folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the last measurement."""
-        folder = Path(pl_module.run_folder) / "diagnostics"
+        folder = pl_module.run_folder / "diagnostics"
         if self.figures_every and self._undrawn is not None:
             self._draw(trainer, folder)
 
@@ -244,33 +250,26 @@ class Diagnostics(L.Callback):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure(f"diagnostics/{title}", figure, step)
 
-    def _judge(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        values: dict[str, float],
-        offending: list[dict[str, float]],
-    ) -> None:
-        """Warn of what crosses a threshold; stop a run that has collapsed, on all ranks alike."""
-        step = self._step + 1
-        for entry in offending:
+    def _warn_of(self, found: dict[str, Any]) -> None:
+        """Warn of what crosses a threshold, with what to do."""
+        for entry in found["offending_tokens"]:
             if entry["mismatched"] and entry["mismatched"] * 2 >= entry["count"]:
-                string = pl_module.tokenizer.decode([entry["token_id"]])
                 self._warn(
                     f"mismatch {entry['token_id']}",
-                    f"the teacher gives {string!r} (id {entry['token_id']}) "
+                    f"the teacher gives {entry['string']!r} (id {entry['token_id']}) "
                     f"{entry['teacher_logprob']:.1f} where the student gives "
                     f"{entry['student_logprob']:.1f} nats: the models spell or end differently. "
                     f"Add it to SpecialTokenMask: tokens: [{entry['token_id']}].",
                 )
-        mass, repetition = values["support/student_mass"], values["repetition/ngrams"]
+        values = found["measures"]
         if values["support/overlap"] < _LEAST_OVERLAP:
             self._warn(
                 "overlap",
                 f"only {values['support/overlap']:.0%} of the student's top {self.k} tokens are "
-                f"among the teacher's (student's mass on the teacher's {mass:.2f}): the teacher "
-                "knows little of what the student writes. Shorter completions, a teacher nearer "
-                "to the student, or tail: bucket for a TopKReverseKL.",
+                f"among the teacher's (student's mass on the teacher's "
+                f"{values['support/student_mass']:.2f}): the teacher knows little of what the "
+                "student writes. Shorter completions, a teacher nearer to the student, or tail: "
+                "bucket for a TopKReverseKL.",
             )
         if (
             values["repetition/longest_loop"] >= LOOP_TOKENS
@@ -290,6 +289,10 @@ class Diagnostics(L.Callback):
                 "teach no end. Raise rollout.sampling.max_completion_length, or leave them out by "
                 "TruncatedRowWeight.",
             )
+
+    def _stop_if_collapsed(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+        """Stop a run that has collapsed, on all ranks alike."""
+        mass, repetition = values["support/student_mass"], values["repetition/ngrams"]
         collapsed = mass < _COLLAPSED_MASS or repetition > _COLLAPSED_REPETITION
         self._collapsed = self._collapsed + 1 if collapsed else 0
         if self.stop_on_collapse and self._collapsed >= self.stop_on_collapse:
@@ -297,7 +300,7 @@ class Diagnostics(L.Callback):
             log.warning(
                 "stopped at step %d: collapsed at %d measurements in a row (student's mass on the "
                 "teacher's support %.2f, repeated 4-grams %.0f %%).",
-                step,
+                self._step + 1,
                 self._collapsed,
                 mass,
                 100 * repetition,

@@ -1,7 +1,6 @@
 """One completion as a page of HTML, each token coloured by its advantage."""
 
 import html
-from pathlib import Path
 from typing import Any
 
 from opd_lightning.metrics.tokens import COLUMNS, TokenTable
@@ -15,14 +14,13 @@ _STYLE = (
 )
 
 
-def write_heat_map(rollout: Rollout, table: TokenTable, tokenizer: Any, path: Path) -> None:
-    """Write the completion that carries most of sum |A|; pointing at a token shows its numbers.
+def heat_map(rollout: Rollout, table: TokenTable, tokenizer: Any) -> str:
+    """Return a page of the completion with most of sum |A|; pointing at a token shows its numbers.
 
     Args:
         rollout: A micro-batch.
         table: Of all its tokens, in order.
         tokenizer: Of the student.
-        path: The HTML file.
     """
     student = table.tokens[:, COLUMNS.index("student_logprob")]
     teacher = table.tokens[:, COLUMNS.index("teacher_logprob")]
@@ -46,14 +44,13 @@ def write_heat_map(rollout: Rollout, table: TokenTable, tokenizer: Any, path: Pa
         )
     ]
     asked = html.escape(tokenizer.decode(prompt))
-    path.write_text(
+    return (
         f"<!doctype html><meta charset='utf-8'><title>Advantage by token</title>"
         f"<style>{_STYLE}</style><h3>Advantage log q(y) − log π(y) by token</h3>"
         f"<p>Red: the teacher finds the token less likely than the student does; blue: likelier; "
         f"full colour from {_STRONGEST:.0f} nats on. Struck out: masked.</p>"
         f"<div style='color:#888;white-space:pre-wrap'>{asked}</div>"
-        f"<div>{''.join(spans)}</div>",
-        encoding="utf-8",
+        f"<div>{''.join(spans)}</div>"
     )
 
 

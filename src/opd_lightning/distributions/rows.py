@@ -21,7 +21,11 @@ def floored(logprobs: Tensor) -> Tensor:
 
 def entropy(logits: Tensor) -> Tensor:
     """-sum_v p_v log p_v."""
-    logprobs = logits.log_softmax(-1)
+    return entropy_of_logprobs(logits.log_softmax(-1))
+
+
+def entropy_of_logprobs(logprobs: Tensor) -> Tensor:
+    """The same from log-probabilities."""
     return -(logprobs.exp() * floored(logprobs)).sum(-1)
 
 

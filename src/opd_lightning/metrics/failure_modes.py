@@ -3,6 +3,8 @@
 A = log q(y) - log pi(y) is a sampled token's advantage; nats, q the teacher, pi the student.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from opd_lightning.metrics.tokens import TokenTable
 
 # A token is as good as certain for the student (above) and as good as impossible for the teacher.
 SURE, IMPOSSIBLE = -1.0, -10.0
+# Sampled, and yet below 1e-4 for the student: only without top-p.
+UNLIKELY = math.log(1e-4)
 # Loops of fewer tokens are usual: lists, dashes, code.
 LOOP_TOKENS = 64
 
@@ -57,7 +61,7 @@ def unreliable_teacher(table: TokenTable) -> dict[str, float]:
         "support/miss_rate": 1 - table["in_support"],
         "teacher_reliability/entropy_gap": entropies[0] - entropies[1],
         "teacher_reliability/logprob": table["teacher_logprob"],
-        "teacher_reliability/unlikely_samples": table["student_logprob"] < -9.21,
+        "teacher_reliability/unlikely_samples": table["student_logprob"] < UNLIKELY,
         "repetition/tokens": repeated,
         "repetition/advantage_inside": advantage[repeated],
         "repetition/advantage_outside": advantage[~repeated],
@@ -80,7 +84,7 @@ def token_mismatch(table: TokenTable, watched: dict[int, str]) -> dict[str, floa
     """
     ids, advantage = table["token_id"], table.advantage
     total = advantage.abs().sum().clamp(min=1e-12)
-    mismatched = (table["student_logprob"] > SURE) & (table["teacher_logprob"] < IMPOSSIBLE)
+    mismatched = _mismatched(table)
     is_watched = torch.isin(ids, torch.tensor(list(watched), dtype=torch.long))
     values = {
         "mismatch/extreme_frac": float((advantage < IMPOSSIBLE).double().mean()),
@@ -141,6 +145,7 @@ def offending_tokens(table: TokenTable, number: int = 10) -> list[dict[str, floa
     """Return the ids that carry most of sum |A|: id, count, their share, mean A and log-probs."""
     ids, advantage = table["token_id"], table.advantage.double()
     kinds, sums, counts = _sums_by_id(ids, advantage.abs())
+    mismatched = _mismatched(table)
     order = sums.argsort(descending=True)[:number]
     total = sums.sum().clamp(min=1e-12)
     offending = []
@@ -154,15 +159,14 @@ def offending_tokens(table: TokenTable, number: int = 10) -> list[dict[str, floa
                 "advantage": float(advantage[found].mean()),
                 "student_logprob": float(table["student_logprob"][found].double().mean()),
                 "teacher_logprob": float(table["teacher_logprob"][found].double().mean()),
-                "mismatched": int(
-                    (
-                        (table["student_logprob"][found] > SURE)
-                        & (table["teacher_logprob"][found] < IMPOSSIBLE)
-                    ).sum()
-                ),
+                "mismatched": int(mismatched[found].sum()),
             }
         )
     return offending
+
+
+def _mismatched(table: TokenTable) -> Tensor:
+    return (table["student_logprob"] > SURE) & (table["teacher_logprob"] < IMPOSSIBLE)
 
 
 def _sums_by_id(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from opd_lightning.distributions import Distribution, TokenDistribution
+from opd_lightning.distributions.rows import entropy_of_logprobs
 from opd_lightning.records import Rollout
 
 COLUMNS = (
@@ -116,7 +117,7 @@ def token_table(
             log_q = teacher.log_softmax(-1)
             best = log_q.topk(k)
             sampled = log_q.gather(1, ids[:, None])[:, 0]
-            entropy = _entropy(log_q)
+            entropy = entropy_of_logprobs(log_q)
             return _measures(student, ids, best.indices, best.values, sampled, entropy)
 
         values = student.read(measures, teacher, ids)
@@ -166,7 +167,7 @@ def _measures(
     columns = [
         log_p.gather(1, ids[:, None])[:, 0],
         sampled,
-        _entropy(log_p),
+        entropy_of_logprobs(log_p),
         entropy,
         both.to(p.dtype).mean(1),
         (p * both).sum(1),
@@ -176,10 +177,6 @@ def _measures(
         (support == ids[:, None]).any(1),
     ]
     return torch.stack([column.to(p.dtype) for column in columns], dim=-1)
-
-
-def _entropy(logprobs: Tensor) -> Tensor:
-    return -torch.special.xlogy(p := logprobs.exp(), p).sum(-1)
 
 
 def repeated_ngrams(ids: Tensor, row: Tensor) -> Tensor:
