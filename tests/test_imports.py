@@ -34,6 +34,7 @@ TABLE: dict[str, set[str]] = {
 # metrics that module.py logs.
 PARTS: dict[str, set[str]] = {
     "registry": set(),
+    "figures": set(),
     "sharding": {"policy"},
     "checkpoints": set(),
     "strategy": {"sharding", "checkpoints"},
@@ -47,7 +48,8 @@ PARTS: dict[str, set[str]] = {
 FURTHER: dict[str, set[str]] = {
     "objectives": {"registry"},
     "tasks": {"registry"},
-    "callbacks": {"checkpoints"},
+    "callbacks": {"checkpoints", "figures"},
+    "study": {"figures"},
     "teachers": {"sharding"},
     "rollout": {"sharding"},
     "module": {"metrics", "checkpoints", "sharding", "updates", "memory", "predictions", "checks"},

@@ -220,7 +220,7 @@ def identity_of(config: dict[str, Any]) -> dict[str, list[str]]:
     chosen = {name: config.get(name) for name in _SECTIONS}
     chosen["trainer"] = {name: config["trainer"].get(name) for name in _OF_TRAINER}
     identity = {}
-    for name, value in _leaves("", chosen):
+    for name, value in leaves(chosen):
         if name.startswith(_HARMLESS) or name.rpartition(".")[2] in _HARMLESS_NAMES:
             continue
         # a model is its folder's name, or a class that has one
@@ -231,7 +231,8 @@ def identity_of(config: dict[str, Any]) -> dict[str, list[str]]:
     return identity
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted names and values of a configuration; lists of settings count by number."""
     items: Any = ()
     if isinstance(value, dict):
         items = value.items()
@@ -240,7 +241,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if not items:
         yield name, value
     for key, item in items:
-        yield from _leaves(f"{name}.{key}" if name else str(key), item)
+        yield from leaves(item, f"{name}.{key}" if name else str(key))
 
 
 def _content(value: str) -> str | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opd_lightning.study.figures import spread
+from opd_lightning.figures import spread
 from opd_lightning.study.tables import read_csv, table, write_csv
 
 ROWS = [

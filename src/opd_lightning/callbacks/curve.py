@@ -3,10 +3,7 @@
 import csv
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from opd_lightning.figures import new_figure, tidy
 
 _TRAINING, _HELD_OUT = "kl/reverse", "val/kl/reverse"
 
@@ -28,7 +25,8 @@ def draw_learning_curve(metrics: Path, picture: Path) -> None:
     }
     if not any(curves.values()):
         return
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = new_figure(7, 4)
+    axes = figure.subplots()
     styles = {_TRAINING: ("-", "training rollouts"), _HELD_OUT: ("o-", "held out")}
     for key, points in curves.items():
         if points:
@@ -36,7 +34,6 @@ def draw_learning_curve(metrics: Path, picture: Path) -> None:
             axes.plot(*zip(*sorted(points), strict=True), style, label=label)
     axes.set(xlabel="optimiser step", ylabel="reverse KL to the teacher (nats a token)")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    tidy(axes)
     axes.legend()
     figure.savefig(picture, dpi=120)
-    plt.close(figure)

@@ -5,9 +5,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from opd_lightning.figures import COLORS, GREY, new_figure, tidy
 from opd_lightning.metrics.tokens import TokenTable
 
-BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#888888"
+BLUE, RED, GREEN = COLORS[:3]
 _MOST_POINTS = 4000
 
 
@@ -116,9 +117,8 @@ def _shown(string: str) -> str:
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     axes = figure.subplots(1, columns)
     for one in [axes] if columns == 1 else axes:
-        one.grid(alpha=0.25)
-        one.spines[["top", "right"]].set_visible(False)
+        tidy(one)
     return figure, axes

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-from opd_lightning.study.figures import COLORS, new_figure, save, tidy
+from opd_lightning.figures import COLORS, new_figure, save, tidy
 from opd_lightning.study.tables import Row
 
 _MARKERS = "osD^v"

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.image import AxesImage
 
+from opd_lightning.figures import COLORS, new_figure, save, tidy
 from opd_lightning.study.control_policy import BINS, FARTHEST, GOALS, STARTS, STEPS, TASKS
-from opd_lightning.study.figures import COLORS, new_figure, save, tidy
 from opd_lightning.study.tables import Row
 
 _SHOWN_GAMMAS = (0.0, 0.5, 1.0)

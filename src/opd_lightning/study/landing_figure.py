@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from opd_lightning.study.figures import COLORS, GREY, new_figure, save, spread, tidy
+from opd_lightning.figures import COLORS, GREY, new_figure, save, spread, tidy
 from opd_lightning.study.tables import Row
 
 # those whose way is drawn; the others arrive at the teacher, or near one of these

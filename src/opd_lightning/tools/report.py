@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from opd_lightning.errors import ConfigError, nearest
+from opd_lightning.figures import COLORS, new_figure, tidy
+from opd_lightning.resume import leaves
 
-# Okabe and Ito's, told apart by colour-blind readers too
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _CURVES = {
     "val/kl/reverse": "reverse KL, held out, nats a token",
     "kl/reverse": "reverse KL of training rollouts, nats a token",
@@ -138,18 +137,8 @@ def _read(folder: Path, name: str) -> Run:
         folder,
         {key: sorted(found) for key, found in points.items()},
         json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
-        _flat(read or {}),
+        dict(leaves(read)) if read else {},
     )
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            k: v for key, part in value.items() for k, v in _flat(part, f"{name}.{key}").items()
-        }
-    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        return _flat({str(i): part for i, part in enumerate(value)}, name)
-    return {name.removeprefix("."): value}
 
 
 # ------------------------------------------------------------------------------------- sections
@@ -206,7 +195,7 @@ def _curves(runs: list[Run], target: Path) -> str:
         drawn = [(i, run) for i, run in enumerate(runs) if key in run.points]
         if not drawn:
             continue
-        figure = Figure(figsize=(4.6, 3), layout="constrained")
+        figure = new_figure(4.6, 3)
         axes = figure.subplots()
         for i, run in drawn:
             style = "o-" if len(run.points[key]) < 30 else "-"
@@ -221,8 +210,7 @@ def _curves(runs: list[Run], target: Path) -> str:
         axes.set_xlabel("optimiser step", fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
         if len(runs) > 1:
             axes.legend(fontsize=7)
         data = io.BytesIO()
@@ -301,7 +289,7 @@ def _differences(runs: list[Run]) -> str:
 
 
 def _colour(i: int) -> str:
-    return _COLOURS[i % len(_COLOURS)]
+    return COLORS[i % len(COLORS)]
 
 
 def _image(data: bytes, title: str) -> str:

@@ -1,4 +1,4 @@
-"""What the figures of the studies share."""
+"""What the figures share: colours, a new figure, a grid without a box."""
 
 from collections.abc import Sequence
 from pathlib import Path
